@@ -1,0 +1,571 @@
+"""
+Tests the scripts of this folder, as a user would run them: tokenize.py, tinyshakespeare.sh and fineweb.py.
+
+    python data/test_data.py
+    python data/test_data.py --vocab vocab.bpe --encoder encoder.json     # with GPT-2's real vocabulary too
+
+Needs no network: a web server on 127.0.0.1 stands in for Hugging Face, a script for curl, and a vocabulary of
+264 tokens for GPT-2's. Without tiktoken, what needs it is skipped and counted. Takes about half a minute.
+"""
+
+import os
+import sys
+
+# The folder of this script has a file tokenize.py, which must not stand in for Python's module of that name.
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path = [p for p in sys.path if os.path.abspath(p) != HERE]
+
+import argparse
+import array
+import hashlib
+import http.server
+import importlib.util
+import json
+import random
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import tempfile
+import threading
+import time
+
+TOKENIZE, FINEWEB = os.path.join(HERE, "tokenize.py"), os.path.join(HERE, "fineweb.py")
+SHAKESPEARE = os.path.join(HERE, "tinyshakespeare.sh")
+HAVE_TIKTOKEN = importlib.util.find_spec("tiktoken") is not None
+counts = {"passed": 0, "failed": 0, "skipped": 0}
+
+
+def check(name, good, detail=""):
+    counts["passed" if good else "failed"] += 1
+    if not good:
+        print(f"FAILED {name} {detail}")
+
+
+def skip(name, why):
+    counts["skipped"] += 1
+    print(f"skipped: {name} ({why})")
+
+
+def run(*command, env={}, **options):
+    env = {**os.environ, "no_proxy": "127.0.0.1", **env}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, **options)
+
+
+def python(*command, **options):
+    return run(sys.executable, *command, **options)
+
+
+def works(name, done):
+    check(name, done.returncode == 0 and done.stderr == "", f"{done.returncode} {done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def fails(name, done, *words):
+    """One line on stderr with these words, and exit code 1."""
+    lines = done.stderr.splitlines()
+    good = done.returncode == 1 and len(lines) == 1 and all(word in lines[0] for word in words)
+    check(name, good, f"expected {words}, got {done.returncode} {done.stderr}")
+
+
+def listing(folder):
+    return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+
+
+def write(path, data):
+    with open(path, "wb") as f:
+        f.write(data.encode() if isinstance(data, str) else data)
+    return path
+
+
+def read(path):
+    with open(path, "rb") as f:
+        return f.read()
+
+
+def shard_tokens(path):
+    """An independent reader of the format: every byte is accounted for."""
+    data = read(path)
+    header = struct.unpack("<256i", data[:1024])
+    assert header[:2] == (20240520, 1) and not any(header[3:]) and len(data) == 1024 + 2 * header[2], path
+    return list(struct.unpack(f"<{header[2]}H", data[1024:]))
+
+
+def make_shard(tokens):
+    return struct.pack(f"<256i{len(tokens)}H", 20240520, 1, len(tokens), *[0] * 253, *tokens)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# tokenize.py
+
+# In these files a space is spelled \u0120 and a newline \u010a. The ids of the merges are 256, 257, ...
+MERGES = ["h e", "l l", "\u0120 t", "\u0120t he", "he ll", "\u010a \u010a", "\u0120 \u010a"]
+EOT = 256 + len(MERGES)
+
+
+def make_vocab(folder):
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    symbols = [chr(b) for b in visible] + [chr(256 + n) for n in range(256 - len(visible))]
+    symbols += [merge.replace(" ", "") for merge in MERGES] + ["<|endoftext|>"]
+    write(os.path.join(folder, "vocab.bpe"), "#version: 0.2\n" + "\n".join(MERGES) + "\n")
+    write(os.path.join(folder, "encoder.json"), json.dumps({s: i for i, s in enumerate(symbols)}))
+
+
+def letters(text):
+    return [ord(c) - 33 for c in text]
+
+
+def test_tokenize_results(tmp, vocab):
+    text = "hello the\nwell, <|endoftext|>\r\nd\u00e9j\u00e0 \u65e5\u672c \U0001f642  the  end \n\n"
+    path = write(f"{tmp}/one.txt", text)
+    out = works("plain text", python(TOKENIZE, path, "--out", f"{tmp}/one", *vocab, "--val-fraction", "0"))
+    check("its files", listing(f"{tmp}/one") == ["gpt2_tokenizer.bin", "one_train_000000.bin"])
+    tokens = shard_tokens(f"{tmp}/one/one_train_000000.bin")
+    # hello: (he)(ll) merged, o; " the" merged; newline is byte 10, the 10th of the invisible ones (188 + 10)
+    expected = [EOT, 260, *letters("o"), 259, 198, *letters("we"), 257, *letters(",")]
+    check("its tokens by hand", tokens[:len(expected)] == expected, tokens[:len(expected)])
+    check("end-of-text in the text is text", tokens.count(EOT) == 1)
+    size = len(text.encode())
+    check("its summary", f"{len(tokens)} tokens (0 val, {len(tokens)} train), {size} bytes, "
+          f"{size / len(tokens):.3f} bytes per token, 2 files in {tmp}/one" in out, out)
+
+    data = read(f"{tmp}/one/gpt2_tokenizer.bin")
+    header, at, table = struct.unpack("<256I", data[:1024]), 1024, []
+    while at < len(data):
+        table.append(data[at + 1:at + 1 + data[at]])
+        at += 1 + data[at]
+    check("tokenizer header", header == (20240328, 2, EOT + 1, EOT) + (0,) * 252, header[:5])
+    check("tokenizer table", sorted(table[:256]) == [bytes([b]) for b in range(256)] and table[256:] == [
+          b"he", b"ll", b" t", b" the", b"hell", b"\n\n", b" \n", b"<|endoftext|>"], table[256:])
+    check("round trip", b"".join(table[t] for t in tokens) == b"<|endoftext|>" + text.encode())
+
+    shard = f"{tmp}/one/one_train_000000.bin"
+    done = python(TOKENIZE, "--decode", shard, "--tokens", "4")
+    check("--decode", (done.returncode, done.stdout) == (0, "<|endoftext|>hello the\n"), done)
+    check("--decode counts", done.stderr == f"[4 of {len(tokens)} tokens]\n", done.stderr)
+    done = python(TOKENIZE, "--decode", shard, "--tokens", "9999", env={"LC_ALL": "C"}, encoding="utf-8")
+    check("--decode all", done.stdout == f"<|endoftext|>{text}\n".replace("\r\n", "\n"), done)
+    os.remove(f"{tmp}/one/gpt2_tokenizer.bin")
+    done = python(TOKENIZE, "--decode", shard, "--tokens", "2", *vocab)
+    check("--decode without a table", done.stdout.endswith("\n<|endoftext|>hell\n"), done)
+
+    works("--tokenizer-only", python(TOKENIZE, "--out", f"{tmp}/only", "--tokenizer-only", *vocab))
+    check("the same table", listing(f"{tmp}/only") == ["gpt2_tokenizer.bin"]
+          and read(f"{tmp}/only/gpt2_tokenizer.bin") == data)
+
+
+def test_tokenize_documents(tmp, vocab):
+    first, second = ["the hell", "", "he said\nhe"], "well\n"
+    lines = [json.dumps({"text": t, "id": i}) for i, t in enumerate(first)]
+    a = write(f"{tmp}/a.jsonl", "\n\n".join(lines))
+    b = write(f"{tmp}/b.txt", second)
+    out = works("jsonl and text", python(TOKENIZE, a, b, "--out", f"{tmp}/docs", "--name", "mix",
+                                         "--val-fraction", "0", *vocab))
+    tokens = shard_tokens(f"{tmp}/docs/mix_train_000000.bin")
+    expected = [EOT, *letters("t"), 256, 220, 260, EOT, 256, 220, *letters("said"), 198, 256,
+                EOT, *letters("we"), 257, 198]
+    check("end-of-text before each document", tokens == expected, tokens)
+    check("bytes of the text and not of the json", f", {8 + 10 + 5} bytes, " in out, out)
+
+
+def test_tokenize_shards(tmp, vocab):
+    text = "".join(f"the {i} hello\n" for i in range(2000))
+    path = write(f"{tmp}/big.txt", text)
+    works("one shard each", python(TOKENIZE, path, "--out", f"{tmp}/whole", *vocab))
+    whole = [f"{tmp}/whole/big_{split}.bin" for split in ("val_000000", "train_000001")]
+    val, train = [shard_tokens(p) for p in whole]
+    check("val is a tenth", abs(len(val) / len(val + train) - 0.1) < 0.005, (len(val), len(train)))
+    check("val comes first", (val + train)[0] == EOT and EOT not in train)
+
+    def shards(limit):
+        done = python(TOKENIZE, path, "--out", f"{tmp}/cut", "--shard-tokens", str(limit), *vocab)
+        names = [n for n in listing(f"{tmp}/cut") if re.fullmatch(r"big_(val|train)_\d{6}\.bin", n)]
+        names.sort(key=lambda n: n[-10:])  # by number
+        return works(f"shards of {limit}", done), names, [shard_tokens(f"{tmp}/cut/{n}") for n in names]
+
+    out, names, parts = shards(1000)
+    vals = -(-len(val) // 1000)
+    trains = -(-len(train) // 1000)
+    splits = ["val"] * vals + ["train"] * trains
+    check("names", names == [f"big_{split}_{i:06d}.bin" for i, split in enumerate(splits)], names)
+    check("sizes", all(len(p) == 1000 for i, p in enumerate(parts) if i not in (vals - 1, vals + trains - 1)))
+    check("nothing lost between shards", sum(parts[:vals], []) == val and sum(parts[vals:], []) == train)
+    keep = ["big_train_notes.bin", "big_x_train_000009.bin", "bigger_train_000009.bin"]
+    for name in keep:
+        write(f"{tmp}/cut/{name}", "x")
+    out, names, parts = shards(5000)
+    check("a shorter run replaces a longer one", sum(parts, []) == val + train and "removed" in out, names)
+    check("other files stay", set(keep) <= set(listing(f"{tmp}/cut")))
+    check("no temporary files", not [n for n in listing(f"{tmp}/cut") if n.endswith(".tmp")])
+
+
+def test_tokenize_pieces(tmp, vocab):
+    # In whatever pieces a file is read, its tokens must be those of the whole.
+    symbols = ["\n", "\n", "\r\n", " ", "  ", "\t", "\u00a0", "\u0085", "\u2028", "\x1c", "he", "ll", " the",
+               "\u00e9", "'s", "'ll", "'", "1", "\u00b2", "!", "\u65e5\u672c", "\U0001f642", "l", "re"]
+    rng = random.Random(7)
+    text = "".join(rng.choice(symbols) for _ in range(20000))
+    path = write(f"{tmp}/pieces.txt", text)
+    seen = set()
+    for size in (1, 2, 3, 7, 64, 1 << 20):
+        works(f"pieces of {size}", python(TOKENIZE, path, "--out", f"{tmp}/pieces", "--val-fraction", "0",
+                                          "--piece-bytes", str(size), *vocab))
+        seen.add(read(f"{tmp}/pieces/pieces_train_000000.bin"))
+    check("pieces do not change the tokens", len(seen) == 1)
+
+
+def test_tokenize_errors(tmp, vocab):
+    good = write(f"{tmp}/good.txt", "the hello the\n" * 50)
+    out = f"{tmp}/bad"
+
+    def bad(name, arguments, *words, vocab=vocab):
+        fails(name, python(TOKENIZE, *arguments, *vocab), "tokenize.py: ", *words)
+        check(f"{name}: leaves nothing", listing(out) == [], listing(out))
+
+    bad("missing file", [f"{tmp}/none.txt", "--out", out], "none.txt: No such file")
+    bad("second file missing", [good, f"{tmp}/none.txt", "--out", out], "none.txt: No such file")
+    bad("folder as file", [tmp, "--out", out], "Is a directory")
+    bad("empty file", [write(f"{tmp}/empty.txt", ""), "--out", out], "empty.txt is empty")
+    latin = write(f"{tmp}/latin.txt", b"abc\nd\xe9f\n")
+    bad("not UTF-8", [latin, "--out", out], "latin.txt is not UTF-8", "byte 5")
+    bad("not UTF-8, in a later piece", [latin, "--out", out, "--piece-bytes", "2"], "byte 5")
+    bad("not json", [write(f"{tmp}/x.jsonl", '{"text": "a"}\n{"text": \n'), "--out", out], "x.jsonl, line 2")
+    bad("no text", [write(f"{tmp}/y.jsonl", '{"txt": "a"}\n'), "--out", out], "y.jsonl, line 1", "text")
+    bad("a list", [write(f"{tmp}/z.jsonl", '[1]\n'), "--out", out], "z.jsonl, line 1")
+    bad("text is a number", [write(f"{tmp}/n.jsonl", '{"text": 3}\n'), "--out", out], "not a string")
+    late = write(f"{tmp}/late.jsonl", '{"text": "hello the well"}\n' * 500 + "oops\n")
+    bad("wrong after 500 lines", [late, "--out", out, "--shard-tokens", "100"], "line 501")
+    bad("too little", [write(f"{tmp}/tiny.txt", "he"), "--out", out], "too little text")
+    bad("no file", ["--out", out], "no FILE")
+    bad("no out", [good], "no --out")
+    bad("unknown flag", [good, "--out", out, "--vals", "1"], "--vals")
+    for value in ("1", "-0.1", "nan", "x"):
+        bad(f"--val-fraction {value}", [good, "--out", out, f"--val-fraction={value}"], "--val-fraction")
+    for value in ("0", "2147483648", "1e6"):
+        bad(f"--shard-tokens {value}", [good, "--out", out, "--shard-tokens", value], "--shard-tokens")
+    bad("name with a slash", [good, "--out", out, "--name", "a/b"], "--name a/b")
+    bad("out is a file", [good, "--out", good], "is a file")
+    bad("out cannot be made", [good, "--out", "/dev/null/x"], "/dev/null/x: Not a directory")
+    if os.geteuid():
+        os.makedirs(f"{tmp}/locked", 0o555)
+        bad("out cannot be written", [good, "--out", f"{tmp}/locked"], "Permission denied")
+    else:
+        skip("a folder without write permission", "root may write everywhere")
+
+    noise = write(f"{tmp}/noise", random.Random(3).randbytes(5000))
+    number = write(f"{tmp}/number.json", "3")
+    other = write(f"{tmp}/other.bpe", "\n".join(["#version: 0.2", *MERGES[:-1], "l o"]) + "\n")
+    bpe, encoder = vocab[1], vocab[3]
+    for name, pair, word in [("noise as vocab", (noise, encoder), "is not a GPT-2 vocab.bpe"),
+                             ("noise as encoder", (bpe, noise), "is not a GPT-2 encoder.json"),
+                             ("text as vocab", (good, encoder), "is not a GPT-2 vocab.bpe"),
+                             ("number as encoder", (bpe, number), "is not a GPT-2 encoder.json"),
+                             ("other merges", (other, encoder), "do not belong together"),
+                             ("missing vocab", (f"{tmp}/none.bpe", encoder), "none.bpe: No such file"),
+                             ("missing encoder", (bpe, f"{tmp}/none.json"), "none.json: No such file")]:
+        bad(name, [good, "--out", out], word, vocab=["--vocab", pair[0], "--encoder", pair[1]])
+    bad("half of the pair", [good, "--out", out], "--encoder go together", vocab=["--encoder", encoder])
+    # Nobody listens at port 9, and an empty cache makes tiktoken try.
+    dead = {key: "http://127.0.0.1:9" for key in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")}
+    done = python(TOKENIZE, good, "--out", out, env={"TIKTOKEN_CACHE_DIR": "", **dead})
+    fails("tiktoken cannot download", done, "could not download", "--vocab", "--encoder")
+
+
+def test_tokenize_decode_errors(tmp, vocab):
+    whole = make_shard([72, 65, 72])
+    for name, data, word in [
+            ("truncated", whole[:-1], "is damaged"), ("too long", whole + b"x", "is damaged"),
+            ("short header", whole[:1023], "is not a token shard"), ("empty", b"", "is not a token shard"),
+            ("other magic", b"\0" + whole[1:], "is not a token shard"),
+            ("other version", whole[:4] + b"\2" + whole[5:], "has version 2"),
+            ("negative count", whole[:8] + b"\xff" * 4 + whole[12:], "is damaged"),
+            ("unknown token", make_shard([72, EOT + 1]), f"has the token {EOT + 1}")]:
+        path = write(f"{tmp}/{name.replace(' ', '_')}.bin", data)
+        done = python(TOKENIZE, "--decode", path, *vocab)
+        fails(f"--decode, {name}", done, word)
+    fails("--decode, missing", python(TOKENIZE, "--decode", f"{tmp}/none.bin", *vocab), "none.bin: No such")
+    fails("--decode, folder", python(TOKENIZE, "--decode", tmp, *vocab), "Is a directory")
+    write(f"{tmp}/gpt2_tokenizer.bin", "noise" * 500)
+    path = write(f"{tmp}/good.bin", whole)
+    fails("--decode, noise as table", python(TOKENIZE, "--decode", path), "is not a tokenizer file")
+    write(f"{tmp}/gpt2_tokenizer.bin", struct.pack("<256I", 20240328, 2, 3, 2, *[0] * 252) + b"\1a\1b\5c")
+    fails("--decode, truncated table", python(TOKENIZE, "--decode", path), "gpt2_tokenizer.bin is damaged")
+
+
+def test_tokenize_interrupted(tmp, vocab):
+    path = write(f"{tmp}/long.txt", "the hello well, the end\n" * 2_000_000)
+    command = [sys.executable, TOKENIZE, path, "--out", f"{tmp}/stop", "--shard-tokens", "100000", *vocab]
+    p = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    limit = time.time() + 60
+    while p.poll() is None and time.time() < limit and not any("train" in n for n in listing(f"{tmp}/stop")):
+        time.sleep(0.01)
+    p.send_signal(signal.SIGINT)
+    _, errors = p.communicate(timeout=60)
+    check("interrupted: exit code", p.returncode == 1, p.returncode)
+    check("interrupted: one line", errors == "tokenize.py: interrupted; no shard was written\n", errors)
+    check("interrupted: leaves nothing", listing(f"{tmp}/stop") == [], listing(f"{tmp}/stop"))
+
+
+def test_tokenize_without_tiktoken(tmp):
+    os.makedirs(f"{tmp}/fake")
+    # Fails otherwise if the script stands in for Python's module of its name.
+    write(f"{tmp}/fake/tiktoken.py", "import tokenize\ntokenize.open\nraise ImportError\n")
+    path = write(f"{tmp}/good.txt", "the hello\n")
+    done = python(TOKENIZE, path, "--out", f"{tmp}/out", env={"PYTHONPATH": f"{tmp}/fake"})
+    fails("tiktoken missing", done, "pip install tiktoken")
+
+
+def test_tokenize_gpt2(tmp, args):
+    real = ["--vocab", args.vocab, "--encoder", args.encoder]
+    path = write(f"{tmp}/hello.txt", "Hello world, it's   me")
+    works("GPT-2", python(TOKENIZE, path, "--out", f"{tmp}/gpt2", "--val-fraction", "0", *real))
+    tokens = shard_tokens(f"{tmp}/gpt2/hello_train_000000.bin")
+    check("GPT-2's ids", tokens == [50256, 15496, 995, 11, 340, 338, 220, 220, 502], tokens)
+    header = struct.unpack("<4I", read(f"{tmp}/gpt2/gpt2_tokenizer.bin")[:16])
+    check("GPT-2's table", header == (20240328, 2, 50257, 50256), header)
+    play = os.path.join(HERE, "tinyshakespeare.txt")
+    if os.path.exists(play):
+        out = works("tiny Shakespeare", python(TOKENIZE, play, "--out", f"{tmp}/play", *real))
+        check("338025 tokens and an end-of-text", "338026 tokens (" in out, out)
+    else:
+        skip("tiny Shakespeare with GPT-2's vocabulary", "no data/tinyshakespeare.txt")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# tinyshakespeare.sh
+
+def test_tinyshakespeare(tmp):
+    content = b"First Citizen:\nSpeak, speak.\n"
+    with open(SHAKESPEARE) as f:
+        script = f.read()
+    url = re.search("^url=(.*)$", script, re.M)[1]
+    # The script as it is, but for the sha256 of this test's content.
+    script = re.sub("(?m)^sha256=[0-9a-f]{64}$", f"sha256={hashlib.sha256(content).hexdigest()}", script)
+    script = write(f"{tmp}/fetch.sh", script)
+    right, wrong = write(f"{tmp}/right", content), write(f"{tmp}/wrong", content[:-1])
+
+    def tools(name, *extra, **scripts):
+        """A folder to use as PATH, with a few real tools and the given scripts."""
+        os.makedirs(f"{tmp}/{name}")
+        for tool in ("sh", "cat", "cut", "dirname", "mv", "rm", "tr", "wc", *extra):
+            os.symlink(shutil.which(tool), f"{tmp}/{name}/{tool}")
+        for tool, lines in scripts.items():
+            os.chmod(write(f"{tmp}/{name}/{tool}", "#!/bin/sh\n" + lines), 0o755)
+        return {"PATH": f"{tmp}/{name}"}
+
+    def fetch(name, env):
+        os.makedirs(f"{tmp}/{name}")
+        return run("sh", script, f"{tmp}/{name}", env=env)
+
+    # The last two arguments of both programs are the file and the url.
+    stand_in = 'while [ $# -gt 2 ]; do shift; done\ncat {} >"$1" && echo "$2" >"$1.url" && mv "$1.url" {}\n'
+    asked = f"{tmp}/asked"
+    curl = tools("curl", "sha256sum", curl=stand_in.format(right, asked))
+    out = works("curl", fetch("a", curl))
+    check("curl: the file", listing(f"{tmp}/a") == ["tinyshakespeare.txt"]
+          and read(f"{tmp}/a/tinyshakespeare.txt") == content, out)
+    check("curl: the url", read(asked).decode().strip() == url and url.startswith("https://"), url)
+    failing = tools("failing", "sha256sum", curl="exit 6\n")
+    out = works("again", run("sh", script, f"{tmp}/a", env=failing))
+    check("already there", "already there and correct" in out, out)
+    check("the default folder", works("default", run("sh", script, env=curl)).startswith("wrote ")
+          and read(f"{tmp}/tinyshakespeare.txt") == content)
+    works("wget", fetch("b", tools("wget", "sha256sum", wget=stand_in.format(right, asked))))
+    check("wget: the file", read(f"{tmp}/b/tinyshakespeare.txt") == content)
+    if shutil.which("shasum"):
+        perl = tools("perl", "shasum", "perl", curl=stand_in.format(right, asked))
+        works("shasum", fetch("c", perl))
+    else:
+        skip("tinyshakespeare.sh with shasum", "not installed")
+
+    def bad(name, done, folder, *words):
+        fails(f"tinyshakespeare.sh, {name}", done, "tinyshakespeare.sh: ", *words)
+        check(f"tinyshakespeare.sh, {name}: leaves nothing", listing(folder) == [], listing(folder))
+
+    bad("no network", fetch("d", failing), f"{tmp}/d", "could not download", url, "/d/tinyshakespeare.txt")
+    short = tools("short", "sha256sum", curl=stand_in.format(wrong, asked))
+    bad("cut short", fetch("e", short), f"{tmp}/e", "wrong sha256")
+    half = tools("half", "sha256sum", curl=stand_in.format(right, asked) + "exit 18\n")
+    bad("broken off", fetch("f", half), f"{tmp}/f", "could not download")
+    bad("no program", fetch("g", tools("none", "sha256sum")), f"{tmp}/g", "needs curl or wget", url)
+    unsure = tools("unsure", curl=stand_in.format(right, asked))
+    bad("no checksum", fetch("h", unsure), f"{tmp}/h", "needs sha256sum or shasum")
+    fails("no folder", run("sh", script, f"{tmp}/nowhere", env=curl), "there is no folder", "nowhere")
+    fails("two folders", run("sh", script, tmp, tmp, env=curl), "got 2 arguments")
+    os.makedirs(f"{tmp}/i")
+    write(f"{tmp}/i/tinyshakespeare.txt", "mine")
+    fails("something else is there", run("sh", script, f"{tmp}/i", env=curl), "wrong sha256", "move it away")
+    check("and stays", read(f"{tmp}/i/tinyshakespeare.txt") == b"mine")
+    os.makedirs(f"{tmp}/j/tinyshakespeare.txt")
+    fails("a folder is there", run("sh", script, f"{tmp}/j", env=curl), "not a file")
+    play = os.path.join(HERE, "tinyshakespeare.txt")
+    if os.path.exists(play):
+        works("the real file", run("sh", SHAKESPEARE, env=failing))
+    else:
+        skip("the real sha256", "no data/tinyshakespeare.txt")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# fineweb.py
+
+class FakeHub(http.server.BaseHTTPRequestHandler):
+    """Answers as Hugging Face does: a redirect with the file's size and sha256, then storage with ranges."""
+    files, mode, break_after, ranges = {}, "", None, []
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        cls, name = type(self), self.path.rpartition("/")[2]
+        if name not in cls.files or cls.mode == "404":
+            return self.send_error(404)
+        data = cls.files[name]
+        if self.path.startswith("/datasets/"):
+            digest = hashlib.sha256(data).hexdigest() if cls.mode != "wrong sha256" else "0" * 64
+            self.send_response(302)
+            if cls.mode != "no headers":
+                self.send_header("X-Linked-ETag", f'"{digest}"')
+                self.send_header("X-Linked-Size", str(len(data)))
+            self.send_header("Location", "/storage" + self.path)
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
+        start = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"])[1])
+        cls.ranges.append((name, start))
+        if cls.mode == "no ranges":
+            start = 0
+            self.send_response(200)
+        elif start >= len(data):
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(data)}")
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
+        else:
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+        self.send_header("Content-Length", str(len(data) - start))
+        self.end_headers()
+        body = data[start:]
+        if cls.mode == "damage":
+            body = body[:-2] + bytes(2)
+        self.wfile.write(body if cls.break_after is None else body[:cls.break_after])
+
+
+def test_fineweb(tmp):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    base = f"http://127.0.0.1:{server.server_port}"
+    rng = random.Random(5)
+    names = ["fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin"]
+    val, train, train2 = names
+    names.append("finewebedu_val_000000.bin")
+    shards = {name: make_shard([rng.randrange(50257) for _ in range(300000)]) for name in names}
+
+    def fetch(folder, *arguments, mode="", break_after=None, files=shards):
+        FakeHub.files, FakeHub.mode, FakeHub.break_after, FakeHub.ranges = files, mode, break_after, []
+        return python(FINEWEB, "--base-url", base, "--out", f"{tmp}/{folder}", *arguments)
+
+    def same(folder, *names):
+        return listing(f"{tmp}/{folder}") == sorted(names) and all(
+            read(f"{tmp}/{folder}/{name}") == shards[name] for name in names)
+
+    out = works("default", fetch("a"))
+    check("one val and one train shard", same("a", val, train), listing(f"{tmp}/a"))
+    check("says what it checked", out.count("0.6 MB, sha256 and format checked") == 2, out)
+    check("says how much it will be", "2 shards of about 200 MB: 400 MB in" in out, out)
+    works("one more shard", fetch("a", "--shards", "2"))
+    check("only the new one is fetched", FakeHub.ranges == [(train2, 0)] and same("a", val, train, train2))
+    out = works("all are there", fetch("a", "--shards", "2", mode="404"))
+    check("no request", FakeHub.ranges == [] and out.count("already there") == 3, out)
+    works("edu", fetch("b", "--version", "edu", "--shards", "0"))
+    check("edu: its val shard", same("b", "finewebedu_val_000000.bin"))
+
+    done = fetch("c", "--shards", "0", break_after=250000)
+    fails("interrupted", done, "broke off after 250000 of 601024 bytes", "same command continues")
+    check("interrupted: only a .part", listing(f"{tmp}/c") == [val + ".part"])
+    fails("interrupted again", fetch("c", "--shards", "0", break_after=250000), "after 500000 of 601024")
+    works("resumed", fetch("c", "--shards", "0"))
+    check("resumed where it broke off", FakeHub.ranges == [(val, 500000)] and same("c", val), FakeHub.ranges)
+    fetch("d", "--shards", "0", break_after=1000)
+    works("resumed without ranges", fetch("d", "--shards", "0", mode="no ranges"))
+    check("started over", same("d", val))
+    os.makedirs(f"{tmp}/e")
+    write(f"{tmp}/e/{val}.part", shards[val])
+    works("whole .part", fetch("e", "--shards", "0"))
+    check("whole .part: taken", FakeHub.ranges == [(val, 601024)] and same("e", val))
+    write(f"{tmp}/e/{train}.part", shards[train] + b"xx")
+    fails("too long .part", fetch("e"), "has 601026 bytes, and the server says 601024", "deleted")
+    works("and then", fetch("e"))
+    check("it comes right", same("e", val, train))
+
+    def bad(name, done, *words, folder):
+        fails(f"fineweb.py, {name}", done, "fineweb.py: ", *words)
+        left = listing(f"{tmp}/{folder}")
+        check(f"fineweb.py, {name}: leaves nothing", left == [], left)
+
+    bad("damaged on the way", fetch("f", mode="damage"), "does not have the sha256", folder="f")
+    bad("wrong sha256", fetch("g", mode="wrong sha256"), "does not have the sha256", folder="g")
+    out = works("no headers", fetch("h", mode="no headers"))
+    check("no headers: says so", out.count("format checked; the server gave no sha256") == 2, out)
+    check("no headers: the shards", same("h", val, train))
+    for name, data, word in [("unknown token", make_shard([1, 50257, 2]), "has the token 50257"),
+                             ("too short", shards[val][:-2], "would fit its header's 300000 tokens"),
+                             ("too long", shards[val] + b"xx", "would fit its header's 300000 tokens"),
+                             ("web page", b"<html>" * 500, "is not a token shard"),
+                             ("a few bytes", b"<html>", "shorter than a shard's header"),
+                             ("no tokens", make_shard([]), "would fit its header's 0 tokens")]:
+        bad(name, fetch("i", files={val: data}), word, folder="i")
+    bad("404", fetch("j", mode="404"), val, "answers 404", folder="j")
+    bad("no network", python(FINEWEB, "--base-url", "http://127.0.0.1:9", "--out", f"{tmp}/k"),
+        "could not reach http://127.0.0.1:9/datasets/kjj0/fineweb10B-gpt2/resolve/main/" + val,
+        f"go to {tmp}/k", folder="k")
+    os.makedirs(f"{tmp}/l")
+    write(f"{tmp}/l/{val}", shards[val][:-2])
+    fails("damaged before", fetch("l"), val, "delete it")
+    check("damaged before: stays", read(f"{tmp}/l/{val}") == shards[val][:-2])
+    for value in ("-1", "104", "x"):
+        bad(f"--shards {value}", fetch("m", f"--shards={value}"), "--shards", folder="m")
+    bad("--shards 100 of edu", fetch("m", "--shards", "100", "--version", "edu"), "0 to 99", folder="m")
+    bad("--version", fetch("m", "--version", "v2"), "--version", folder="m")
+    fails("out is a file", fetch(f"l/{val}"), "is a file")
+    fails("out cannot be made", fetch(f"l/{val}/x"), "Not a directory")
+    server.shutdown()
+
+
+# ----------------------------------------------------------------------------------------------------------
+
+def main():
+    p = argparse.ArgumentParser(description="Test the scripts of this folder; no network needed.")
+    p.add_argument("--vocab", metavar="vocab.bpe", help="OpenAI's merges, for a test with GPT-2's vocabulary")
+    p.add_argument("--encoder", metavar="encoder.json", help="OpenAI's token ids, goes with --vocab")
+    args = p.parse_args()
+    if bool(args.vocab) != bool(args.encoder):
+        sys.exit("test_data.py: --vocab and --encoder go together: give both or neither")
+
+    tests = [test_tokenize_results, test_tokenize_documents, test_tokenize_shards, test_tokenize_pieces,
+             test_tokenize_errors, test_tokenize_decode_errors, test_tokenize_interrupted]
+    tests += [test_tokenize_without_tiktoken, test_tokenize_gpt2, test_tinyshakespeare, test_fineweb]
+    for test in tests:
+        with tempfile.TemporaryDirectory() as tmp:
+            make_vocab(tmp)
+            needs_tiktoken = test in tests[:7] or test == test_tokenize_gpt2
+            try:
+                if needs_tiktoken and not HAVE_TIKTOKEN:
+                    skip(test.__name__, "tiktoken is not installed")
+                elif test == test_tokenize_gpt2 and not args.vocab:
+                    skip("GPT-2's own vocabulary", "give --vocab and --encoder")
+                elif test == test_tokenize_gpt2:
+                    test(tmp, args)
+                elif test in tests[:7]:
+                    test(tmp, ["--vocab", f"{tmp}/vocab.bpe", "--encoder", f"{tmp}/encoder.json"])
+                else:
+                    test(tmp)
+            except Exception as e:  # a missing file, say, where the rest of this test cannot go on
+                check(test.__name__, False, f"stopped: {e!r}")
+    print(f"{counts['passed']} passed, {counts['failed']} failed"
+          + (f", {counts['skipped']} skipped" if counts["skipped"] else ""))
+    sys.exit(counts["failed"] > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+#!/bin/sh
+# Breaks train_us.c in named ways, one at a time, and runs the tests on each: every mutant must be caught.
+#   make mutants            all of them         dev/mutants.sh WORD   those whose name contains WORD
+# A line below is: name | sed command that breaks it. Mutants are built without OpenMP, JOBS (2) at a time.
+cd "$(dirname "$0")/.." || exit 1
+CC=${CC:-cc} JOBS=${JOBS:-2} TESTS=${TESTS:-formats random matmul activ gradients table data text oracle held checkpoints}
+dir=$(mktemp -d) || exit 1
+trap 'rm -rf "$dir"' EXIT
+
+mutant() { # name, sed command
+    mkdir -p "$dir/$1/dev"
+    sed -e "$2" train_us.c >"$dir/$1/train_us.c"
+    cp test_us.c README.md "$dir/$1/" && cp dev/debug_state.safetensors "$dir/$1/dev/"
+    if cmp -s train_us.c "$dir/$1/train_us.c"; then echo "STALE     $1: its sed command changes nothing"; return; fi
+    if ! (cd "$dir/$1" && $CC -std=gnu11 -O1 -w test_us.c -o test_us -lm 2>build.txt); then
+        echo "NO BUILD  $1: $(head -1 "$dir/$1/build.txt")"; return; fi
+    # shellcheck disable=SC2086
+    if (cd "$dir/$1" && TMPDIR=$dir timeout 120 ./test_us $TESTS >log.txt 2>&1); then echo "SURVIVED  $1"
+    else echo "caught    $1 ($(grep -c FAILED "$dir/$1/log.txt") checks: $(grep -m1 FAILED "$dir/$1/log.txt" | cut -c 11-80))"; fi
+}
+
+if [ "$1" = --one ]; then dir=$2; trap - EXIT; mutant "$3" "$4"; exit; fi
+grep -v '^#' <<'MUTANTS' | grep -e "${1:-}" >"$dir/list"
+formats: FP8 is not clipped | s/clipped = a > max ? max : a,/clipped = a,/
+formats: NaN is lost in FP8 | s/return bits_float(a > 0x7F800000u ? u : r);/return bits_float(r);/
+formats: FP8 subnormals are flushed | s/(e < least ? least : e)/(e < least ? 0 : e)/
+formats: BF16 ties go away from zero | s/(u + 0x7FFFu + ((u >> 16) \& 1u))/(u + 0x8000u)/
+formats: FP8 is not rounded from BF16 | s/round_fp8(round_bf16(x), format)/round_fp8(x, format)/
+formats: gradients in E4M3 | s/{"fp8", BF16, E4M3, E5M2}/{"fp8", BF16, E4M3, E4M3}/
+formats: weights and inputs in E5M2 | s/{"fp8", BF16, E4M3, E5M2}/{"fp8", BF16, E5M2, E5M2}/
+formats: logits are not rounded | s/m->head = m->hidden->stream == FP32 ? \&PRECISIONS\[0\] : \&PRECISIONS\[1\]/m->head = \&PRECISIONS[0]/
+matmul: alpha is dropped | s/o\[j\] = alpha \* s\[j\]/o[j] = s[j]/
+matmul: accumulate is ignored | s/first = k0 == 0 \&\& !accumulate/first = k0 == 0/
+linear: dW without its factor | s/O, I, N, alpha, 1, FP32/O, I, N, 1.0f, 1, FP32/
+linear: dX without its factor | s/N, I, O, alpha, 0, p->stream/N, I, O, 1.0f, 0, p->stream/
+linear: dW from unrounded inputs | s/view(x, 1, I, p->operand)/view(x, 1, I, FP32)/
+layernorm: another epsilon | s/(float)C + 1e-5f/(float)C + 1e-4f/
+layernorm: the branch's coefficient is missing in backward | s/float d = b \* don\[c\], xh/float d = don[c], xh/
+attention: scores are divided by D | s/1.0f \/ sqrtf((float)D)/1.0f \/ (float)D/
+attention: a row does not see itself | s/seen = t0 + i + 1;/seen = t0 + i + (t0 + i == 0);/
+attention: dK and dV keep only the first rows | s/int add = keys < T;/int add = 0;/
+gelu: another constant | s/0.044715f \* x \* x \* x/0.0447f * x * x * x/
+embedding: sum of two rows is not scaled | s/0.70710678f/1.0f/
+scheme: tau and 1-tau swapped | s/m->a = m->scheme->use_tau ? sqrtf(1.0f - c->tau)/m->a = m->scheme->use_tau ? sqrtf(c->tau)/
+scheme: head scaled by 1\/sqrt(C) | s/0.70710678f, -0.5f, -1.0f/0.70710678f, -0.5f, -0.5f/
+scheme: out and down of sp start as wide as the others | s/1.0f, 0.0f, 0.0f, 0.02f, -0.5f/1.0f, 0.0f, 0.0f, 0.02f, 0.0f/
+backward: the stream's gradient without sqrt(1-tau) | s/weighted_sum(dx, m->a, dx, 1.0f, dinput/weighted_sum(dx, 1.0f, dx, 1.0f, dinput/
+backward: S without the accumulated batches | s/(double)m->rows \* c->accum \/ tensor/(double)m->rows \/ tensor/
+loss: padded columns take part | s/for (long v = 0; v < V; v++) sum +=/for (long v = 0; v < Vp; v++) sum +=/
+optimizer: b1 and b2 of Lion swapped | s/b1 = 0.9f, b2 = 0.99f/b1 = 0.99f, b2 = 0.9f/
+optimizer: b1 and b2 of AdamW swapped | s/b1 = 0.9f, b2 = 0.95f/b1 = 0.95f, b2 = 0.9f/
+optimizer: AdamW's epsilon without S | s/(float)(1e-8 \* m->grad_scale)/1e-8f/
+optimizer: AdamW's bias correction one step late | s/m->grad_scale), m->step + 1)/m->grad_scale), m->step + 2)/
+optimizer: width rule with 1\/C | s/1.0f, 0.0f, -0.5f}/1.0f, 0.0f, -1.0f}/
+optimizer: decay follows the learning rate | s/(float)(lr \/ m->c.lr)/(float)lr/
+optimizer: gains decay | s/{"ln1.gain", DIM_1,  DIM_C,  0, 0/{"ln1.gain", DIM_1,  DIM_C,  0, 1/
+schedule: falls to zero | s/0.1 + 0.45 \*/0.0 + 0.5 */
+data: a target is its own input | s/targets\[i - 1\] = token/if (i < T) targets[i] = token/
+data: validation text is trained on | s/train_split.count = val_split.start = tokens.count - val_split.count/val_split.start = tokens.count - val_split.count, train_split.count = tokens.count/
+resume: the data starts again | s/m->sequence = checkpoint_number(a, "sequence", 1e15)/m->sequence = 0/
+resume: the optimizer's state is forgotten | s/memcpy(data + t->offset, archive_find/if (data != m->m) memcpy(data + t->offset, archive_find/
+files: overlapping tensors are accepted | s/if (a->entries\[i\].begin != at) json_die/if (0) json_die/
+text: top-k is ignored | s/if (k > 0 \&\& k < c->vocab) {/if (0) {/
+MUTANTS
+n=0
+while IFS= read -r line; do
+    name=$(printf %s "${line%% | *}" | tr ' /' '__') && printf '%s\0%s\0' "$name" "${line#* | }"
+done <"$dir/list" | xargs -0 -n 2 -P "$JOBS" "$0" --one "$dir" | tee "$dir/results"
+caught=$(grep -c '^caught' "$dir/results") n=$(wc -l <"$dir/list")
+echo "$caught passed, $((n - caught)) failed"
+[ "$caught" -eq "$n" ] && [ "$n" -gt 0 ]

@@ -1,0 +1,1040 @@
+/*
+test_us.c: the tests of us.c. It includes the trainer, so that every function can be called.
+
+  make test                   all tests
+  ./test_us NAME ...          the tests whose name contains NAME
+  ./test_us -- FLAGS          this binary as the trainer (the tests of the command line start themselves so)
+
+Every comparison is written !(error <= bound): NaN fails. Where a bound is not zero, a comment says where it comes from.
+*/
+#define US_NO_MAIN
+#include "train_us.c"
+#include <limits.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
+
+static int passed, failed;
+static char work[1024], self[4096];  // a directory for files, removed at the end; the path of this program
+
+__attribute__((format(printf, 2, 3))) static void check(int good, const char* format, ...) {
+    va_list args;
+    va_start(args, format);
+    if (good) passed++;
+    else {
+        failed++;
+        printf("  FAILED: ");
+        vprintf(format, args);
+        printf("\n");
+        fflush(stdout);
+    }
+    va_end(args);
+}
+static void check_below(double error, double bound, const char* what, const char* name) {
+    check(error <= bound, "%s %s: error %.3g, bound %.3g", what, name, error, bound);
+}
+
+// ||a - b|| / ||b||; where b is all zero, whether a is.
+static double distance(const float* a, const float* b, long n) {
+    double difference = 0, norm = 0;
+    for (long i = 0; i < n; i++) difference += ((double)a[i] - b[i]) * ((double)a[i] - b[i]), norm += (double)b[i] * b[i];
+    return norm > 0 ? sqrt(difference / norm) : difference;
+}
+static float* normals(long n, float std, const char* name) {
+    float* x = floats((double)n);
+    fill_normal(x, n, std, 7, stream_of(name));
+    return x;
+}
+
+// -----------------------------------------------------------------------------------------------------------
+// Number formats
+
+// The value of a code, from the definition (OCP 8-bit floating point specification, table 1), not from fp8_decode.
+static double code_value(int code, Format format) {
+    const int m = format == E4M3 ? 3 : 2, bias = format == E4M3 ? 7 : 15, e = (code & 0x7F) >> m, f = code & ((1 << m) - 1);
+    double a = e ? (1.0 + f / (double)(1 << m)) * pow(2, e - bias) : f / (double)(1 << m) * pow(2, 1 - bias);
+    if (format == E4M3 && (code & 0x7F) == 0x7F) a = NAN;
+    if (format == E5M2 && e == 31) a = f ? NAN : INFINITY;
+    return code & 0x80 ? -a : a;
+}
+// Nearest finite value to x by search over all codes; a tie goes to the even code.
+static double nearest_value(double x, Format format) {
+    double best = NAN;
+    int best_code = -1;
+    for (int code = 0; code < 256; code++) {
+        double v = code_value(code, format);
+        if (!isfinite(v) || signbit(v) != signbit(x)) continue;
+        double d = fabs(v - x), e = fabs(best - x);
+        if (best_code < 0 || d < e || (d == e && code % 2 == 0)) best = v, best_code = code;
+    }
+    return best;
+}
+static int same(float a, float b) { return (isnan(a) && isnan(b)) || (float_bits(a) == float_bits(b)); }
+
+static void test_formats(void) {
+    for (int f = E4M3; f <= E5M2; f++) {
+        const Format format = (Format)f;
+        const char* name = FORMATS[f].name;
+        const float max = format == E4M3 ? 448.0f : 57344.0f, least = format == E4M3 ? 0x1p-9f : 0x1p-16f;
+        int wrong = 0;
+        for (int code = 0; code < 256; code++) {
+            float v = (float)code_value(code, format);
+            wrong += !same(fp8_decode((uint8_t)code, format), v);
+            if (!isfinite(v)) continue;
+            wrong += fp8_encode(v, format) != code;
+            wrong += !same(round_fp8(v, format), v);
+        }
+        check(wrong == 0, "%s: %d of 256 codes are wrong", name, wrong);
+        check(FORMATS[f].max == max && fp8_decode(1, format) == least, "%s: largest or least value", name);
+        wrong = 0;
+        for (uint32_t high = 0; high < 65536; high++) {  // every BF16 value
+            float x = bits_float(high << 16), r = round_fp8(x, format);
+            if (isnan(x)) { wrong += !isnan(r) || !isnan(fp8_decode(fp8_encode(x, format), format)); continue; }
+            wrong += !same(r, (float)nearest_value(fmax(-2 * max, fmin(2 * max, x)), format));
+            wrong += !same(r, fp8_decode(fp8_encode(x, format), format)) || !same(round_to(x, format), r);
+        }
+        check(wrong == 0, "%s: %d roundings of BF16 values are wrong", name, wrong);
+        wrong = 0;
+        for (int code = 0; code < 127; code++)  // each midpoint, and the floats beside it
+            for (int sign = -1; sign <= 1; sign += 2) {
+                float a = (float)code_value(code, format), b = (float)code_value(code + 1, format);
+                if (!isfinite(b)) continue;
+                float middle = (a + b) / 2, even = code % 2 ? b : a;
+                wrong += round_fp8((float)sign * middle, format) != (float)sign * even;
+                wrong += round_fp8((float)sign * nextafterf(middle, 0), format) != (float)sign * a;
+                wrong += round_fp8((float)sign * nextafterf(middle, 1e9f), format) != (float)sign * b;
+            }
+        check(wrong == 0, "%s: %d midpoints are rounded wrongly", name, wrong);
+        const float big[] = {max, nextafterf(max, 1e9f), 1.03f * max, 1.07f * max, 1e6f, FLT_MAX, INFINITY};
+        for (int i = 0; i < 7; i++)
+            check(round_fp8(big[i], format) == max && round_fp8(-big[i], format) == -max, "%s: %g is not clipped", name, (double)big[i]);
+        check(round_fp8(least / 2, format) == 0 && round_fp8(least * 0.51f, format) == least, "%s: least subnormal", name);
+        check(signbit(round_fp8(-0.0f, format)) && isnan(round_fp8(-NAN, format)), "%s: -0 and NaN", name);
+        float all[] = {1.03f, -1.07f, least * 0.3f, 1e9f, NAN, -INFINITY, 0.0f}, one[7];
+        for (int i = 0; i < 7; i++) one[i] = round_to(all[i], format);
+        round_all(all, 7, format);
+        for (int i = 0; i < 7; i++) check(same(all[i], one[i]), "%s: round_all differs from round_to", name);
+    }
+    long wrong = 0;
+    const uint32_t lows[] = {0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF};
+    for (uint32_t high = 0; high < 65536; high++)
+        for (int i = 0; i < 6; i++) {
+            float x = bits_float(high << 16 | lows[i]), r = round_bf16(x);
+            if (isnan(x)) { wrong += !isnan(r); continue; }
+            if (isinf(x)) { wrong += r != x; continue; }
+            double down = (double)bits_float(high << 16);  // towards zero; the step away from zero, by the exponent
+            double step = ldexp(1, (int)fmax((double)((high >> 7) & 255), 1) - 127 - 7), off = fabs((double)x - down) / step;
+            int up = off > 0.5 || (off == 0.5 && high % 2);
+            double want = copysign(fabs(down) + (up ? step : 0), (double)x);
+            wrong += !(fabs(want) > 3.4e38 ? isinf(r) && signbit(r) == signbit(x) : (double)r == want);
+        }
+    check(wrong == 0, "BF16: %ld of 393216 roundings are wrong", wrong);
+    // An FP8 operand is rounded from its BF16 value: 1.0625 + 2^-12 is a BF16 tie short of E4M3's midpoint 1.0625.
+    check(round_to(1.0625f + 0x1p-12f, E4M3) == 1.0f && round_fp8(1.0625f + 0x1p-12f, E4M3) == 1.125f, "E4M3 from BF16");
+}
+
+static void test_random(void) {
+    const long n = 1 << 20;
+    float *x = normals(n, 2.0f, "a"), *y = normals(n, 2.0f, "b"), *part = normals(1001, 2.0f, "a");
+    double m1 = 0, m2 = 0, m4 = 0, xy = 0, lag = 0;
+    for (long i = 0; i < n; i++) {
+        double v = x[i] / 2.0;
+        m1 += v / n, m2 += v * v / n, m4 += v * v * v * v / n, xy += v * y[i] / 2.0 / n;
+        if (i) lag += v * x[i - 1] / 2.0 / n;
+    }
+    // standard errors at n = 2^20: 0.001, 0.0014, 0.0096, 0.001; bounds at five of them
+    check(fabs(m1) <= 0.005 && fabs(m2 - 1) <= 0.007 && fabs(m4 - 3) <= 0.05, "moments %g %g %g of N(0,1)", m1, m2, m4);
+    check(fabs(xy) <= 0.005 && fabs(lag) <= 0.005, "correlations %g %g", xy, lag);
+    check(memcmp(x, part, 1001 * sizeof(float)) == 0, "a number depends on how many are drawn");
+    fill_normal(part, 1001, 2.0f, 8, stream_of("a"));
+    check(memcmp(x, part, 1001 * sizeof(float)) != 0, "another seed draws the same numbers");
+    free(x), free(y), free(part);
+}
+
+static void test_exp(void) {
+    double worst = 0;
+    for (float x = -87.0f; x < 88.0f; x += 0.00137f) worst = fmax(worst, fabs(fast_exp(x) / exp((double)x) - 1));
+    check(worst <= 2.4e-7, "fast_exp: relative error %g, 2 units in the last place are 2.4e-7", worst);
+    check(isnan(fast_exp(NAN)) && fast_exp(0) == 1 && fast_exp(-1000) < 2e-38f && fast_exp(1000) > 1e38f, "fast_exp: ends");
+}
+
+// -----------------------------------------------------------------------------------------------------------
+// Matmul against a plain loop in double: the error of a sum of K FP32 products is at most K 2^-24 sum |a b|.
+
+static void test_matmul(void) {
+    const long shapes[][3] = {{1, 1, 1}, {1, 17, 300}, {5, 3, 2}, {13, 33, 257}, {64, 64, 64}, {127, 50, 513}, {300, 2100, 20}};
+    for (int i = 0; i < 7; i++)
+        for (int mode = 0; mode < 8; mode++) {
+            const long M = shapes[i][0], N = shapes[i][1], K = shapes[i][2], ld = N + 3;
+            const int ta = mode & 1, tb = mode >> 1 & 1, accumulate = mode >> 2;
+            float *a = normals(M * K, 1, "a"), *b = normals(N * K, 1, "b"), *out = normals(M * ld, 1, "out"), *old = normals(M * ld, 1, "out");
+            matmul(out, ld, view(a, ta ? 1 : K, ta ? M : 1, FP32), view(b, tb ? 1 : K, tb ? N : 1, FP32), M, N, K, 0.5f, accumulate, FP32);
+            double worst = 0;
+            for (long m = 0; m < M; m++)
+                for (long n = 0; n < ld; n++) {
+                    double sum = 0, size = 0;
+                    for (long k = 0; k < K && n < N; k++) {
+                        double p = (double)a[ta ? k * M + m : m * K + k] * b[tb ? k * N + n : n * K + k];
+                        sum += 0.5 * p, size += fabs(p);
+                    }
+                    double want = n < N ? sum + (accumulate ? old[m * ld + n] : 0) : old[m * ld + n];
+                    double bound = n < N ? (double)(K + 4) * 0x1p-24 * (size + fabs(want)) : 0, error = fabs(out[m * ld + n] - want);
+                    worst = fmax(worst, error <= bound ? 0 : 1);
+                }
+            check(worst == 0, "matmul %ld x %ld x %ld, mode %d", M, N, K, mode);
+            free(a), free(b), free(out), free(old);
+        }
+    float a[] = {1.07f, 300, 2}, b[] = {1, 2, NAN}, out[2] = {0, 0};
+    matmul(out, 1, view(a, 1, 1, E4M3), view(b, 1, 1, E4M3), 1, 1, 2, 1.0f, 0, FP32);
+    check(out[0] == 1.125f + 2 * 288.0f, "matmul rounds its operands: %g", (double)out[0]);
+    matmul(out, 1, view(a, 1, 1, E4M3), view(b, 1, 1, E4M3), 1, 1, 3, 1.0f, 0, BF16);
+    check(isnan(out[0]), "NaN passes through matmul");
+    float c[] = {1, 0x1p-8f}, d[] = {1, 1.5f};
+    matmul(out, 1, view(c, 2, 1, FP32), view(d, 2, 1, FP32), 1, 1, 2, 1.0f, 0, BF16);
+    check(out[0] == 1.0f + 0x1p-7f, "matmul rounds its result: %g", (double)out[0]);
+}
+
+// -----------------------------------------------------------------------------------------------------------
+// Every layer's backward against central differences of its forward, without any oracle. The scalar is sum(r * out)
+// with random r. In FP32 with a step h of 1/64 the difference is good to about 1e-7 / h + h^2 of the largest
+// gradient: 3e-4; the bound is 2e-3.
+
+typedef struct {
+    int kind;  // which layer
+    Activation activation;
+    long B, T, C, H, O, V;
+    float *x, *w, *w2, *skip, *out, *s1, *s2, *r;
+    int *tokens;
+} Layer;
+static void layer_forward(Layer* l) {
+    const long N = l->B * l->T;
+    switch (l->kind) {
+    case 0: linear_forward(l->out, l->x, l->w, 0.3f, &PRECISIONS[0], N, l->C, l->O); break;
+    case 1: layernorm_forward(l->out, l->s1, l->s2, l->x, l->w, l->w2, l->skip, 0.8f, 0.6f, N, l->C, FP32); break;
+    case 2: activation_forward(l->out, l->x, l->activation, N * l->C, FP32); break;
+    case 3: attention_forward(l->out, l->x, l->B, 0, l->T, l->C, l->H, FP32); break;
+    case 4: embedding_forward(l->out, l->tokens, l->w, l->w2, 0.7f, l->B, 0, l->T, l->C, FP32); break;
+    case 5: memcpy(l->out, l->x, sizeof(float) * (size_t)(N * l->C));
+            loss_forward_backward(l->s1, l->out, l->tokens, 0, 1.0f, N, l->V, l->C, FP32); break;
+    }
+}
+static double layer_scalar(Layer* l, long n) {
+    double sum = 0;
+    layer_forward(l);
+    const float* out = l->kind == 5 ? l->s1 : l->out;
+    for (long i = 0; i < n; i++) sum += l->kind == 5 ? (double)out[i] : (double)out[i] * l->r[i];
+    return sum;
+}
+static void check_gradient(Layer* l, long outputs, float* x, const float* dx, long n, const char* layer, const char* of) {
+    double worst = 0, largest = 0;
+    for (long i = 0; i < n; i++) largest = fmax(largest, fabs(dx[i]));
+    for (long i = 0; i < n; i += n > 400 ? n / 200 : 1) {
+        const float old = x[i], h = 1.0f / 64;
+        x[i] = old + h;
+        double up = layer_scalar(l, outputs);
+        x[i] = old - h;
+        double error = fabs((up - layer_scalar(l, outputs)) / (2 * h) - dx[i]) / largest;
+        worst = error <= worst ? worst : error;
+        x[i] = old;
+    }
+    check_below(worst, 2e-3, layer, of);
+}
+static void test_gradients(void) {
+    for (int odd = 0; odd < 2; odd++) {
+        Layer l;
+        memset(&l, 0, sizeof l);
+        l.B = 2, l.T = odd ? 67 : 6, l.C = odd ? 15 : 32, l.H = odd ? 3 : 4, l.O = odd ? 7 : 24, l.V = odd ? 11 : 32;
+        const long N = l.B * l.T, C = l.C;
+        l.x = normals(N * 3 * C, 1, "x"), l.w = normals(60 * C, 1, "w"), l.w2 = normals(l.T * C, 1, "w2");
+        l.skip = normals(N * C, 1, "skip"), l.out = normals(N * 3 * C, 1, "out"), l.r = normals(N * 3 * C, 1, "r");
+        l.s1 = floats((double)N), l.s2 = floats((double)N), l.tokens = (int*)floats((double)N);
+        float *dx = floats((double)(N * 3 * C)), *dw = floats(60.0 * (double)C), *dw2 = floats((double)(l.T * C));
+        for (long i = 0; i < N; i++) l.tokens[i] = (int)(random_u64(1, 2, (uint64_t)i) % (uint64_t)min_l(l.V, 11));
+
+        l.kind = 0;
+        layer_forward(&l);
+        linear_backward(dx, dw, l.r, l.x, l.w, 0.3f, &PRECISIONS[0], N, C, l.O);
+        check_gradient(&l, N * l.O, l.x, dx, N * C, "linear", "dx");
+        check_gradient(&l, N * l.O, l.w, dw, l.O * C, "linear", "dw");
+
+        for (int skip = 0; skip < 2; skip++) {
+            l.kind = 1;
+            float* kept = l.skip;
+            if (!skip) l.skip = NULL;
+            layer_forward(&l);
+            memset(dw, 0, sizeof(float) * 60 * (size_t)C), memset(dw2, 0, sizeof(float) * (size_t)C);
+            layernorm_backward(dx, dw, dw2, l.r, l.x, l.s1, l.s2, l.w, NULL, 0.0f, 0.6f, N, C, FP32);
+            check_gradient(&l, N * C, l.x, dx, N * C, "layernorm", "dx");
+            check_gradient(&l, N * C, l.w, dw, C, "layernorm", "dgain");
+            check_gradient(&l, N * C, l.w2, dw2, C, "layernorm", "dbias");
+            l.skip = kept;
+        }
+        float* sum = floats((double)(N * C));  // dx = a dskip + the layernorm's dx
+        layernorm_backward(sum, dw, dw2, l.r, l.x, l.s1, l.s2, l.w, l.skip, 0.8f, 0.6f, N, C, FP32);
+        for (long i = 0; i < N * C; i++) dx[i] += 0.8f * l.skip[i];
+        check_below(distance(sum, dx, N * C), 1e-6, "layernorm", "dx with skip");
+        free(sum);
+
+        for (int a = GELU; a <= SILU; a++) {
+            l.kind = 2, l.activation = (Activation)a;
+            for (long i = 0; i < N * C; i++) if (fabsf(l.x[i]) < 0.02f) l.x[i] = 0.1f;  // away from relu's corner
+            activation_backward(dx, l.r, l.x, l.activation, N * C, FP32);
+            check_gradient(&l, N * C, l.x, dx, N * C, "activation", a == GELU ? "gelu" : a == RELU ? "relu" : "silu");
+        }
+        l.kind = 3;
+        attention_backward(dx, l.r, l.x, l.B, l.T, C, l.H, FP32);
+        check_gradient(&l, N * C, l.x, dx, N * 3 * C, "attention", "dqkv");
+
+        l.kind = 4;
+        memset(dw, 0, sizeof(float) * 60 * (size_t)C), memset(dw2, 0, sizeof(float) * (size_t)(l.T * C));
+        embedding_backward(dw, dw2, l.r, l.tokens, 0.7f, l.B, l.T, C);
+        check_gradient(&l, N * C, l.w, dw, 11 * C, "embedding", "dwte");
+        check_gradient(&l, N * C, l.w2, dw2, l.T * C, "embedding", "dwpe");
+
+        l.kind = 5;
+        memcpy(dx, l.x, sizeof(float) * (size_t)(N * C));
+        loss_forward_backward(l.s1, dx, l.tokens, 1, 1.0f, N, l.V, C, FP32);
+        for (long i = 0; i < N * C; i++) if (i % C >= l.V) dx[i] = 0;  // padded columns are not touched
+        check_gradient(&l, N, l.x, dx, N * C, "loss", "dlogits");
+        free(l.x), free(l.w), free(l.w2), free(l.skip), free(l.out), free(l.r), free(l.s1), free(l.s2), free(l.tokens);
+        free(dx), free(dw), free(dw2);
+    }
+}
+static void test_activations(void) {  // against libm; 4 units of FP32 at the largest magnitude
+    double worst = 0;
+    for (float x = -8; x < 8; x += 0.001f) {
+        double u = sqrt(2 / M_PI) * (x + 0.044715 * pow(x, 3)), gelu = 0.5 * x * (1 + tanh(u)), silu = x / (1 + exp(-(double)x));
+        worst = fmax(worst, fmax(fabs(activate(x, GELU) - gelu), fabs(activate(x, SILU) - silu)) / fmax(1, fabs((double)x)));
+    }
+    check(worst <= 4 * 0x1p-23, "activations: error %g", worst);
+    check(activate(-1, RELU) == 0 && activate(2, RELU) == 2 && isnan(activate(NAN, RELU)) && isnan(activate(NAN, GELU)), "relu, NaN");
+}
+
+// -----------------------------------------------------------------------------------------------------------
+// The whole model against the state that dev/reference.py wrote: the same formulas in PyTorch, float64, autograd.
+
+static double meta_number(const Archive* a, const char* key) {
+    const char* value = archive_get(a, key);
+    if (!value) die("%s lacks %s", a->path, key);
+    return atof(value);
+}
+static void text_file(char* path, size_t size, const char* name) { snprintf(path, size, "%s/%s", work, name); }
+
+static Config small_config(void) {
+    char* argv[] = {self};
+    Config c;
+    config_parse(&c, 1, argv, NULL);
+    c.vocab = BYTES_VOCAB;
+    return c;
+}
+static const Entry* state_entry(const Archive* a, const char* format, const char* x, const char* y, const char* z) {
+    char name[64];
+    snprintf(name, sizeof name, format, x, y, z);
+    for (int i = 0; i < a->num_entries; i++) if (strcmp(a->entries[i].name, name) == 0) return &a->entries[i];
+    die("%s lacks %s", a->path, name);
+}
+
+// FP32 is held to 1e-5 of each tensor's norm. In FP8 the sums' order decides some roundings, and one flipped E4M3 or
+// BF16 rounding moves everything behind it: so the reference was run many times with its FP32 sums in random orders, and
+// the file holds how far each tensor moved ("spread"). The bound is 4 times that, and at least the FP32 bound.
+static void check_tensors(const Model* m, const float* data, const float* base, const Archive* a, const char* prefix,
+                          const char* scheme_param, const char* spread, const char* what) {
+    for (int i = 0; i < m->num_tensors; i++) {
+        const Tensor* t = &m->tensors[i];
+        const long n = t->rows * t->cols;
+        const float *got = data + t->offset, *want = (const float*)state_entry(a, "%s%s", prefix, t->name, "")->data;
+        double bound = 1e-5;
+        if (*spread) bound = fmax(bound, 4.0 * *(const float*)state_entry(a, "%s%s", spread, t->name, "")->data);
+        if (!base) check_below(distance(got, want, n), bound, what, t->name);
+        else {  // compare the update, not the much larger weight
+            const float* before = (const float*)state_entry(a, "%s%s", scheme_param, t->name, "")->data;
+            double difference = 0, norm = 0;
+            for (long k = 0; k < n; k++) {
+                difference += ((double)got[k] - want[k]) * ((double)got[k] - want[k]);
+                norm += ((double)want[k] - before[k]) * ((double)want[k] - before[k]);
+            }
+            // FP32 weights near 1 hold their update of size lr to 2^-24 / lr: at lr 0.002 that is 3e-5
+            check_below(sqrt(difference / norm), fmax(bound, 1e-4), what, t->name);
+        }
+    }
+}
+static void test_oracle(void) {
+    static Archive a;
+    archive_read(&a, "dev/debug_state.safetensors");
+    for (int scheme = 0; scheme < 2; scheme++)
+        for (int precision = 0; precision <= 2; precision += 2)
+            for (int optimizer = LION; optimizer <= ADAMW; optimizer++) {
+                const char *s = SCHEMES[scheme].name, *p = PRECISIONS[precision].name, *o = optimizer ? "adamw" : "lion";
+                char prefix[64], spread[64] = "", what[64], base[64];
+                Config c = small_config();
+                c.scheme = scheme, c.precision = precision, c.optimizer = optimizer, c.accum = 1;
+                c.layers = (int)meta_number(&a, "layers"), c.width = (int)meta_number(&a, "width");
+                c.heads = (int)meta_number(&a, "heads"), c.seq = (int)meta_number(&a, "seq");
+                c.batch = (int)meta_number(&a, "batch"), c.vocab = (int)meta_number(&a, "vocab");
+                c.base_width = (int)meta_number(&a, "base_width"), c.warmup = (int)meta_number(&a, "warmup");
+                c.steps = (int)meta_number(&a, "steps"), c.tau = (float)meta_number(&a, "tau");
+                c.decay = (float)meta_number(&a, "decay"), c.lr = (float)meta_number(&a, scheme ? "lr_sp" : "lr_us");
+                Model m;
+                model_layout(&m, &c);
+                model_alloc_params(&m, 1);
+                model_alloc_buffers(&m);
+                snprintf(base, sizeof base, "%s.param.", s);
+                checkpoint_fill(&m, &a, base, m.params);
+                const int* tokens = (const int*)state_entry(&a, "tokens%s%s%s", "", "", "")->data;
+                const int* targets = (const int*)state_entry(&a, "targets%s%s%s", "", "", "")->data;
+                for (int step = 0; step < 3; step++) {
+                    const Tensor* bad;
+                    memcpy(m.inputs, tokens + step * m.rows, sizeof(int) * (size_t)m.rows);
+                    memcpy(m.targets, targets + step * m.rows, sizeof(int) * (size_t)m.rows);
+                    memset(m.grads, 0, sizeof(float) * (size_t)m.num_params);
+                    if (step == 0 && optimizer == LION) {  // logits, before their gradient takes their place
+                        float* logits = floats((double)(m.rows * c.vocab));
+                        model_loss(&m, 0);
+                        for (long n = 0; n < m.rows; n++)
+                            memcpy(logits + n * c.vocab, buffer(&m, 0, A_LOGITS, n), sizeof(float) * (size_t)c.vocab);
+                        const Entry* want = state_entry(&a, "%s.%s.logits%s", s, p, "");
+                        double bound = precision ? fmax(1e-5, 4.0 * *(const float*)state_entry(&a, "%s.fp8.spread.logits%s%s", s, "", "")->data) : 1e-5;
+                        check_below(distance(logits, (const float*)want->data, m.rows * c.vocab), bound, s, "logits");
+                        free(logits);
+                    }
+                    double loss = model_loss(&m, 1);
+                    model_backward(&m);
+                    double norm = gradient_norm(&m, &bad);
+                    float want_loss = ((const float*)state_entry(&a, "%s.%s.%s.losses", s, p, o)->data)[step];
+                    float want_norm = ((const float*)state_entry(&a, "%s.%s.%s.grad_norms", s, p, o)->data)[step];
+                    snprintf(what, sizeof what, "%s %s %s step %d", s, p, o, step + 1);
+                    double loss_bound = precision ? 1e-4 : 1e-5, norm_bound = precision ? 2e-3 : 2e-5;
+                    check_below(fabs(loss / want_loss - 1), loss_bound, what, "loss");
+                    check_below(fabs(norm / want_norm - 1), norm_bound, what, "gradient norm");
+                    snprintf(prefix, sizeof prefix, "%s.%s.grad.", s, p);
+                    if (precision) snprintf(spread, sizeof spread, "%s.fp8.spread.grad.", s);
+                    if (step == 0 && optimizer == LION) check_tensors(&m, m.grads, NULL, &a, prefix, "", spread, what);
+                    model_update(&m, learning_rate(&c, step + 1));
+                    m.step++;
+                }
+                snprintf(prefix, sizeof prefix, "%s.%s.%s.param.", s, p, o);
+                if (precision) snprintf(spread, sizeof spread, "%s.fp8.%s.spread.", s, o);
+                check_tensors(&m, m.params, m.params, &a, prefix, base, spread, what);
+                model_free(&m);
+            }
+    free(a.entries);
+}
+
+// The true gradient is grads / S, for both schemes, all activations and accumulated batches: central differences along
+// the gradient itself, where the slope of the loss is its norm. The bound is the curvature's share at this step.
+static void test_model_gradient(void) {
+    for (int scheme = 0; scheme < 2; scheme++)
+        for (int activation = GELU; activation <= SILU; activation++) {
+            Config c = small_config();
+            c.scheme = scheme, c.activation = activation, c.precision = 0;
+            c.layers = 3, c.width = 40, c.heads = 5, c.seq = 21, c.batch = 2, c.tau = 0.3f, c.vocab = 77;
+            Model m;
+            model_layout(&m, &c);
+            model_alloc_params(&m, 1);
+            model_alloc_buffers(&m);
+            model_init(&m);
+            for (long i = 0; i < m.rows; i++) {
+                m.inputs[i] = (int)(random_u64(3, 1, (uint64_t)i) % 77);
+                m.targets[i] = (int)(random_u64(3, 2, (uint64_t)i) % 77);
+            }
+            model_loss(&m, 1);
+            model_backward(&m);
+            for (int i = 0; i < m.num_tensors; i++) {
+                const Tensor* t = &m.tensors[i];
+                float *w = m.params + t->offset, *g = m.grads + t->offset;
+                const long n = t->rows * t->cols;
+                double norm = 0, size = 0, value[2];
+                for (long k = 0; k < n; k++) norm += (double)g[k] * g[k], size += (double)w[k] * w[k];
+                norm = sqrt(norm);
+                const double h = 2e-3 * fmax(sqrt(size), 1) / norm;
+                float* kept = floats((double)n);
+                memcpy(kept, w, sizeof(float) * (size_t)n);
+                for (int side = 0; side < 2; side++) {
+                    for (long k = 0; k < n; k++) w[k] = (float)(kept[k] + (side ? h : -h) * g[k]);
+                    value[side] = model_loss(&m, 0);
+                }
+                memcpy(w, kept, sizeof(float) * (size_t)n);
+                free(kept);
+                double slope = (value[1] - value[0]) / (2 * h), want = norm * norm / m.grad_scale;
+                check_below(fabs(slope / want - 1), 0.01, c.scheme ? "sp: slope along the gradient of" : "us: slope along the gradient of", t->name);
+            }
+            model_free(&m);
+        }
+}
+
+// -----------------------------------------------------------------------------------------------------------
+// What must come out at initialisation, on real text (this project's own sources), at widths 128 and 512.
+
+static Model text_model(Config c, Tokens* tokens, const char* path) {
+    Model m;
+    model_layout(&m, &c);
+    model_alloc_params(&m, 1);
+    model_alloc_buffers(&m);
+    model_init(&m);
+    tokens_open(tokens, path);
+    return m;
+}
+// RMS over four seeds: one draw of the weights moves the stream by up to 9 % at width 128, since all rows share it.
+static void test_unit_scale(void) {
+    for (int width = 128; width <= 512; width *= 4)
+        for (int scaled = 1; scaled >= 0; scaled--) {  // with S, and without it
+            enum { ROWS = 2 + 5 * 4 };
+            const int SEEDS = scaled ? 4 : 1;
+            double square[ROWS][3], dead = 0, mean_loss = 0, want = log(256) + 1 / (2.0 * width);
+            memset(square, 0, sizeof square);
+            for (int seed = 1; seed <= SEEDS; seed++) {
+                Tokens tokens;
+                Config c = small_config();
+                c.width = width, c.heads = width / 64, c.seed = (uint64_t)seed;
+                Model m = text_model(c, &tokens, "train_us.c");
+                Split all = {&tokens, 0, tokens.count};
+                if (!scaled) m.loss_scale = (float)(1 / m.grad_scale);
+                m.stats_on = 1;
+                next_batch(&m, &all);
+                mean_loss += model_loss(&m, 1) / SEEDS;
+                model_backward(&m);
+                for (int i = 0; i < ROWS; i++) {
+                    const StatRow* r = &m.stats[i];
+                    const int last = i == ROWS - 1, stream = i % 5 == 0 && !last;
+                    for (int k = 0; k < (stream ? 1 : 3); k++) {
+                        const Stat* s = &r->stat[k];
+                        square[i][k] += s->rms * s->rms / SEEDS;
+                        if (k == 2 && !last) dead = fmax(dead, s->flushed);
+                        if (scaled) check(s->flushed < 0.005 && s->saturated == 0, "width %d: %s, operand %d: %.2f %% flushed, "
+                                          "%.2f %% saturated", width, r->name, k, 100 * s->flushed, 100 * s->saturated);
+                        check(s->format == (last || stream ? BF16 : k == 2 ? E5M2 : E4M3), "%s: format", r->name);
+                    }
+                }
+                model_free(&m);
+            }
+            if (!scaled) check(dead > 0.5, "width %d: without S only %.1f %% of the gradients are flushed", width, 100 * dead);
+            if (!scaled) continue;
+            check(fabs(mean_loss / want - 1) <= 0.01, "width %d: loss %.4f, ln V + 1/2C is %.4f", width, mean_loss, want);
+            for (int i = 0; i < ROWS; i++) {
+                const int last = i == ROWS - 1, kind = last ? HEAD : i % 5 - 1;
+                const double input = sqrt(square[i][0]), weight = i % 5 == 0 && !last ? 1 : sqrt(square[i][1]);
+                if (kind == DOWN) check(fabs(input - 0.65) <= 0.05, "width %d, row %d: RMS of GELU is %.3f", width, i, input);
+                else if (kind != OUT) check(fabs(input - 1) <= 0.05, "width %d, row %d: RMS is %.3f", width, i, input);
+                check(fabs(weight - 1) <= 0.05, "width %d, row %d: RMS of the weight is %.3f", width, i, weight);
+            }
+        }
+}
+// [µS] eq. 6: attention over k independent values has variance e/k - (e-1)/k^2 where scores are unit normal. The formula
+// takes the sum of the exponentials as its mean: exact at k = 1, and off by a share that falls as 1/k.
+static void test_attention_variance(void) {
+    const long B = 16, T = 256, C = 2048, H = 128;
+    float *qkv = normals(B * T * 3 * C, 1, "qkv"), *y = floats((double)(B * T * C));
+    attention_forward(y, qkv, B, 0, T, C, H, FP32);
+    for (long k = 1; k <= T; k += k == 1 ? 15 : k) {
+        double sum = 0, want = M_E / (double)k - (M_E - 1) / (double)(k * k);
+        for (long b = 0; b < B; b++) for (long i = 0; i < C; i++) sum += pow(y[(b * T + k - 1) * C + i], 2);
+        double off = sum / (double)(B * C) / want - 1;
+        check(fabs(off) <= 0.03 + (k == 1 ? 0 : 4.0 / (double)k), "position %ld: variance is %.1f %% off", k, 100 * off);
+    }
+    free(qkv), free(y);
+}
+// The table of tensors: names, sizes, multipliers and learning rates of both schemes at twice the base width.
+static void test_table(void) {
+    for (int scheme = 0; scheme < 2; scheme++) {
+        Config c = small_config();
+        c.scheme = scheme, c.width = 512, c.base_width = 128, c.layers = 2, c.accum = 3;
+        Model m;
+        model_layout(&m, &c);
+        model_alloc_params(&m, 0);
+        model_init(&m);
+        const Tensor *down = tensor(&m, 1, DOWN), *head = tensor(&m, 0, HEAD), *gain = tensor(&m, 1, LN2_GAIN);
+        check(m.num_tensors == 21 && strcmp(down->name, "h.1.down") == 0 && strcmp(head->name, "head") == 0, "names");
+        check(down->rows == 512 && down->cols == 2048 && head->rows == 256 && gain->rows == 1, "shapes");
+        check(same(down->alpha, scheme ? 1 : powf(2048, -0.5f)) && same(head->alpha, scheme ? 1 : 1.0f / 512), "multipliers");
+        check(same(down->lr_factor, scheme ? 1 : 0.5f) && head->lr_factor == 1 && gain->lr_factor == 1, "learning rates");
+        check(down->kind->decays && head->kind->decays && !gain->kind->decays, "decay");
+        check(m.grad_scale == (double)m.rows * 3 * (scheme ? 1 : 512), "S is %g", m.grad_scale);
+        check(same(m.a * m.a + m.b * m.b, scheme ? 2 : 1) && (scheme || fabsf(m.b * m.b - 0.4f) < 1e-6f), "stream coefficients");
+        double sum = 0, want = scheme ? 0.02 / 2 : 1;
+        for (long k = 0; k < 512 * 2048; k++) sum += pow(param(&m, 1, DOWN)[k], 2);
+        check(fabs(sqrt(sum / (512 * 2048)) / want - 1) < 0.005, "init of down");
+        check(param(&m, 1, LN2_GAIN)[511] == 1 && param(&m, 1, LN2_BIAS)[511] == 0, "init of gain and bias");
+        model_free(&m);
+    }
+    check(same(default_tau(4), 0.4f) && default_tau(2) == 0.4f && fabsf(default_tau(100) - 0.1f) < 0.001f, "tau by depth");
+    Config c = small_config();
+    c.lr = 1, c.warmup = 10, c.steps = 110;
+    check(fabs(learning_rate(&c, 1) - 0.1) < 1e-9 && learning_rate(&c, 10) == 1 && fabs(learning_rate(&c, 60) - 0.55) < 1e-9 &&
+          fabs(learning_rate(&c, 110) - 0.1) < 1e-9, "schedule");
+}
+
+// -----------------------------------------------------------------------------------------------------------
+// Data and text
+
+static void write_file(const char* path, const void* data, size_t n) {
+    FILE* f = fopen(path, "wb");
+    if (!f || fwrite(data, 1, n, f) != n || fclose(f) != 0) die("the tests cannot write %s", path);
+}
+static void write_shard(const char* path, const uint16_t* tokens, int n, int claimed) {
+    uint32_t header[256] = {SHARD_MAGIC, 1, (uint32_t)claimed};
+    char* data = (char*)floats(1024 + 2.0 * n);
+    memcpy(data, header, 1024);
+    memcpy(data + 1024, tokens, sizeof(uint16_t) * (size_t)n);
+    write_file(path, data, 1024 + sizeof(uint16_t) * (size_t)n);
+    free(data);
+}
+static void test_data(void) {
+    char a[1100], b[1100], pattern[1100];
+    uint16_t tokens[500];
+    Tokens t;
+    for (int i = 0; i < 500; i++) tokens[i] = (uint16_t)(i * 101 % 50257);
+    text_file(a, sizeof a, "d_1.bin"), text_file(b, sizeof b, "d_2.bin"), text_file(pattern, sizeof pattern, "d_?.bin");
+    write_shard(a, tokens, 200, 200), write_shard(b, tokens + 200, 300, 300);
+    tokens_open(&t, pattern);
+    check(t.count == 500 && t.num_shards == 2 && tokens_vocab(&t) == GPT2_VOCAB, "two shards by a pattern");
+    Split split = {&t, 10, 480};
+    int in[40], out[40], wrong = 0;
+    tokens_read(&split, 170, 40, in, out);
+    for (int i = 0; i < 40; i++) wrong += in[i] != tokens[180 + i] || out[i] != tokens[181 + i];
+    check(wrong == 0, "a window across two shards");
+    for (int big = 0; big < 2; big++) {  // every epoch visits every window once, in another order
+        const long count = big ? 100003 : 23, T = big ? 10 : 10, n = (count - T) / T;
+        char* seen = (char*)floats((double)n);
+        long repeats = 0, outside = 0, moved = 0, base = 0;
+        for (long epoch = 0; epoch < 3; epoch++) {
+            memset(seen, 0, (size_t)n);
+            long least = LONG_MAX;
+            for (long i = 0; i < n; i++) least = min_l(least, window_start(5, epoch * n + i, count, T));
+            for (long i = 0; i < n; i++) {
+                long start = window_start(5, epoch * n + i, count, T);
+                outside += start < 0 || start + T + 1 > count || (start - least) % T != 0;
+                repeats += seen[(start - least) / T]++;
+                moved += start != window_start(5, i, count, T);
+            }
+            base += least;
+        }
+        check(repeats == 0 && outside == 0, "an epoch of %ld windows: %ld repeated, %ld outside", n, repeats, outside);
+        if (big) check(moved > n && base > 0, "epochs differ in order");
+        free(seen);
+    }
+    check(window_start(1, 0, 11, 10) == 0 && window_start(1, 7, 11, 10) == 0, "a text of one window");
+    check(window_start(1, 3, 100003, 10) != window_start(2, 3, 100003, 10), "seeds differ");
+}
+static void test_text(void) {
+    // A small vocabulary in llm.c's format: all bytes, then merges in order of rank.
+    static Text text;
+    static const char* const merges[] = {" t", "he", " the", "th", "in", "ing", "'s", "  "};
+    char path[1100], file[4096];
+    uint32_t header[256] = {TOKENIZER_MAGIC, 2, 256 + 8 + 1, 264};
+    size_t n = 1024;
+    memcpy(file, header, 1024);
+    for (int i = 0; i < 256; i++) file[n++] = 1, file[n++] = (char)i;
+    for (int i = 0; i < 8; i++) file[n++] = (char)strlen(merges[i]), n = (size_t)(stpcpy(file + n, merges[i]) - file);
+    file[n++] = 0;
+    text_file(path, sizeof path, "tokenizer.bin");
+    write_file(path, file, n);
+    text_open(&text, path);
+    check(text.vocab == 265 && text.end == 264 && text.length[258] == 4, "tokenizer file");
+    static const struct { const char* text; int n, tokens[12]; } cases[] = {
+        {"the", 2, {'t', 257}}, {" the", 1, {258}}, {"thing's", 3, {259, 261, 262}}, {"a  the", 3, {'a', ' ', 258}},
+        {"a   b", 4, {'a', 263, ' ', 'b'}}, {"", 0, {0}}, {"he,he", 3, {257, ',', 257}}, {"1the", 3, {'1', 't', 257}}};
+    for (int i = 0; i < 8; i++) {
+        int tokens[64], n_tokens = text_encode(&text, cases[i].text, tokens), wrong = 0;
+        for (int k = 0; k < min_l(cases[i].n, n_tokens); k++) wrong += tokens[k] != cases[i].tokens[k];
+        check(n_tokens == cases[i].n && wrong == 0, "encoding of '%s': %d tokens", cases[i].text, n_tokens);
+    }
+    const char* words[] = {"it's", " don't", "don't", "x1", " x", "  x", "\n\nx", "!?a", " !", "'ll", "été a"};
+    const int lengths[] = {2, 4, 3, 1, 2, 1, 1, 2, 2, 3, 5};
+    for (int i = 0; i < 11; i++)
+        check(text_word((const uint8_t*)words[i], (int)strlen(words[i])) == lengths[i], "first word of '%s'", words[i]);
+    text_open(&text, NULL);
+    int tokens[8];
+    check(text.vocab == 256 && text_encode(&text, "a\xff", tokens) == 2 && tokens[1] == 255, "bytes are tokens");
+}
+
+// -----------------------------------------------------------------------------------------------------------
+// The command line: this binary runs itself as the trainer, and what it prints and leaves behind is looked at.
+
+typedef struct { int status; char out[1 << 20], err[65536]; } Run;
+static Run result;
+
+static void read_text(const char* path, char* to, size_t size) {
+    FILE* f = fopen(path, "rb");
+    size_t n = f ? fread(to, 1, size - 1, f) : 0;
+    to[n] = 0;
+    if (f) fclose(f);
+}
+// Runs `flags` as a shell would split them, with %s standing for the directory of the tests. threads 0: as they are;
+// limit > 0: no file may grow beyond it, as on a full disk; seconds > 0: a signal after that time.
+static const Run* run_with(const char* flags, int threads, long limit, int signal, double after) {
+    char command[8192], out[1100], err[1100], text[32];
+    text_file(out, sizeof out, "out.txt"), text_file(err, sizeof err, "err.txt");
+    fflush(stdout);
+    pid_t child = fork();
+    if (child == 0) {
+        size_t n = (size_t)snprintf(command, sizeof command, "exec '%s' -- ", self);
+        for (const char* p = flags; *p && n < sizeof command - 1200; p++) {
+            if (p[0] == '%' && p[1] == 's') n += (size_t)sprintf(command + n, "%s", work), p++;
+            else command[n++] = *p;
+        }
+        command[n] = 0;
+        snprintf(text, sizeof text, "%d", threads);
+        if (threads) setenv("OMP_NUM_THREADS", text, 1);
+        if (limit) {
+            struct rlimit r = {(rlim_t)limit, (rlim_t)limit};
+            sigaction(SIGXFSZ, &(struct sigaction){.sa_handler = SIG_IGN}, NULL);
+            setrlimit(RLIMIT_FSIZE, &r);
+        }
+        if (!freopen(out, "w", stdout) || !freopen(err, "w", stderr)) _exit(99);
+        execl("/bin/sh", "sh", "-c", command, (char*)NULL);
+        _exit(98);
+    }
+    if (signal) usleep((useconds_t)(after * 1e6)), kill(child, signal);
+    int status = 0;
+    waitpid(child, &status, 0);
+    result.status = WIFEXITED(status) ? WEXITSTATUS(status) : 1000 + WTERMSIG(status);
+    read_text(out, result.out, sizeof result.out), read_text(err, result.err, sizeof result.err);
+    return &result;
+}
+static const Run* run_us(const char* flags) { return run_with(flags, 0, 0, 0, 0); }
+static void check_fails(const char* flags, const char* says) {
+    const Run* r = run_us(flags);
+    const char* newline = strchr(r->err, '\n');
+    check(r->status == 1 && newline && !newline[1] && strstr(r->err, says) && strncmp(r->err, "train_us: ", 10) == 0,
+          "%s\n    exit %d, wanted one line with '%s', got: %.500s", flags, r->status, says, r->err);
+}
+static void shell(const char* format) {
+    char command[8192];
+    snprintf(command, sizeof command, format, work, work, work, work);
+    if (system(command) != 0) die("the tests cannot run: %s", command);
+}
+static int same_files(const char* a, const char* b) {
+    char command[4096];
+    snprintf(command, sizeof command, "cmp -s '%s/%s' '%s/%s'", work, a, work, b);
+    return system(command) == 0;
+}
+#define TINY "--layers 2 --width 32 --heads 2 --seq 16 --batch 3 --eval-every 0 --tokens 8 "
+
+static void test_command_line(void) {
+    const Run* r = run_us("--help");
+    int lines = 0, wide = 0;
+    for (const char *p = r->out, *start = p; *p; p++) if (*p == '\n') lines++, wide += p - start > 120, start = p + 1;
+    check(r->status == 0 && lines > 30 && lines <= 50 && !wide, "--help: %d lines, %d too wide", lines, wide);
+    for (const Option* o = OPTIONS; o < OPTIONS_END; o++) {
+        char flag[64];
+        snprintf(flag, sizeof flag, "--%s ", o->name ? o->name : "out");
+        check(strstr(r->out, flag) != NULL, "--help lacks %s", flag);
+    }
+    check(run_us("")->status == 1 && strstr(result.out, "--input"), "without flags: the help, and a failure");
+    check_fails("--nonsense 1", "there is no option --nonsense");
+    check_fails("text.txt", "there is no option text.txt");
+    check_fails("--input", "--input wants a value");
+    check_fails("--resume=1", "--resume takes no value");
+    check_fails("--resume", "--resume needs the --out");
+    check_fails("--steps 5", "--input FILE is missing");
+    // Every option: a value that is no number, one out of range, a choice that is none.
+    for (const Option* o = OPTIONS; o < OPTIONS_END; o++) {
+        char flags[256], says[128];
+        if (!o->name || o->type == 's' || o->type == 'b') continue;
+        const char* const values[] = {"x", "-7", "1e99", "3.x", "nan", "99999999999999999999", "''"};
+        snprintf(says, sizeof says, "--%s is ", o->name);
+        for (int i = 0; i < 7; i++) {
+            snprintf(flags, sizeof flags, "--input train_us.c --%s %s", o->name, values[i]);
+            check_fails(flags, says);
+        }
+    }
+    check_fails("--input train_us.c --width 100 --heads 3", "--width 100 is not a multiple of --heads 3");
+    check_fails("--input train_us.c --width 65536 --layers 1000", "of memory wanted");
+    check_fails("--input train_us.c --seq 1048576", "use more text or a smaller --seq");
+}
+
+static void test_bad_files(void) {
+    uint16_t tokens[600];
+    char path[1100], random[4000];
+    for (int i = 0; i < 600; i++) tokens[i] = (uint16_t)(i % 50257);
+    for (int i = 0; i < 4000; i++) random[i] = (char)random_u64(1, 1, (uint64_t)i);
+    shell("mkdir -p '%s/dir' && : >'%s/empty.txt' && printf 'short' >'%s/short.txt'");
+    const struct { const char* name; const void* data; size_t n; } files[] = {
+        {"random.bin", random, 4000}, {"random.safetensors", random, 4000}, {"tiny.safetensors", random, 5}};
+    for (int i = 0; i < 3; i++) text_file(path, sizeof path, files[i].name), write_file(path, files[i].data, files[i].n);
+    text_file(path, sizeof path, "good.bin"), write_shard(path, tokens, 600, 600);
+    text_file(path, sizeof path, "cut.bin"), write_shard(path, tokens, 600, 700);
+    tokens[300] = 50257;
+    text_file(path, sizeof path, "alien.bin"), write_shard(path, tokens, 600, 600);
+    check_fails("--input %s/nothing.txt", "cannot open data file");
+    check_fails("--input '%s/no*.txt'", "no file matches");
+    check_fails("--input %s/dir", "is not a regular file");
+    check_fails("--input %s/empty.txt", "is empty");
+    check_fails("--input %s/short.txt", "too few for --seq 256");
+    check_fails("--input train_us.c --val %s/short.txt", "5 to validate on are too few");
+    check_fails("--input %s/random.bin", "is not a token shard");
+    check_fails("--input %s/cut.bin --seq 16", "is damaged");
+    check_fails("--input train_us.c --val %s/good.bin --seq 16", "are not of one kind");
+    check_fails("--input '%s/[gs]*.[bt]*' --seq 16", "mixes token shards");
+    check_fails("--input %s/good.bin --seq 16", "cannot open tokenizer");
+    check_fails("--input %s/good.bin --seq 16 --tokenizer %s/dir", "is not a regular file");
+    check_fails("--input %s/good.bin --seq 16 --tokenizer %s/random.bin", "is not a tokenizer file");
+    char other[1026 + 2] = {0};
+    const uint32_t one[4] = {TOKENIZER_MAGIC, 2, 2, 0}, cut[4] = {TOKENIZER_MAGIC, 2, 3, 0};
+    memcpy(other, one, sizeof one);
+    text_file(path, sizeof path, "two.bin"), write_file(path, other, sizeof other);  // a vocabulary of two
+    check_fails("--input %s/good.bin --seq 16 --tokenizer %s/two.bin", "has 2 tokens, the model 50257");
+    memcpy(other, cut, sizeof cut);
+    other[1024] = 100;
+    text_file(path, sizeof path, "tokenizer_cut.bin"), write_file(path, other, sizeof other);
+    check_fails("--input %s/good.bin --seq 16 --tokenizer %s/tokenizer_cut.bin", "is cut off at token");
+    // A whole vocabulary, so that training starts and meets the token that is none.
+    uint32_t header[256] = {TOKENIZER_MAGIC, 2, GPT2_VOCAB, 50256};
+    char* vocabulary = (char*)floats(1024 + 2.0 * GPT2_VOCAB);
+    memcpy(vocabulary, header, 1024);
+    for (int i = 0; i < GPT2_VOCAB; i++) vocabulary[1024 + 2 * i] = 1, vocabulary[1025 + 2 * i] = 'a';
+    text_file(path, sizeof path, "gpt2_tokenizer.bin"), write_file(path, vocabulary, 1024 + 2 * GPT2_VOCAB);
+    free(vocabulary);
+    check_fails("--input %s/alien.bin --steps 30 " TINY, "holds token 50257");
+    check(run_us("--input %s/good.bin --steps 2 " TINY)->status == 0, "a good shard: %s", result.err);
+    check_fails("--input train_us.c --out %s/short.txt/x", "cannot open --out");
+    check_fails("--input train_us.c --out %s/short.txt", "cannot open --out");
+    check_fails("--input train_us.c --out %s/no/such", "cannot make --out");
+    check_fails("--input train_us.c --out %s/none --resume", "there is no checkpoint");
+    check_fails("--input train_us.c --dump %s/no/such.st " TINY, "cannot write");
+    check_fails("--generate %s/nothing", "cannot open safetensors file");
+    check_fails("--generate %s/dir", "is not a regular file");
+    check_fails("--generate %s/empty.txt", "is empty");
+    check_fails("--generate %s/tiny.safetensors", "header's length is impossible");
+    check_fails("--generate %s/random.safetensors", "is not a good safetensors file");
+    check_fails("--generate dev/debug_state.safetensors", "does not say its --");
+}
+
+// Replaces the first `from` in a checkpoint's header by `to`, and repairs the header's length.
+static void forge(const char* name, const char* from, const char* to, long cut) {
+    char path[1100];
+    long size;
+    text_file(path, sizeof path, "run/ckpt_00000004.safetensors");
+    const uint8_t* good = map_file(path, "checkpoint", &size);
+    long length = (long)read_u32(good), grow = (long)strlen(to) - (long)strlen(from);
+    char *bad = (char*)floats((double)size + 64), *header = (char*)floats((double)length + 8);
+    memcpy(header, good + 8, (size_t)length);
+    char* at = strstr(header, from);
+    if (!at) die("the tests cannot find %s in a checkpoint", from);
+    long before = at - header;
+    memcpy(bad + 8, header, (size_t)before);
+    memcpy(bad + 8 + before, to, strlen(to));
+    memcpy(bad + 8 + before + strlen(to), good + 8 + before + strlen(from), (size_t)(size - 8 - before - (long)strlen(from)));
+    for (int i = 0; i < 8; i++) bad[i] = (char)((length + grow) >> 8 * i);
+    text_file(path, sizeof path, name);
+    write_file(path, bad, (size_t)(size + grow - cut));
+    free(bad), free(header);
+    munmap((void*)good, (size_t)size);
+}
+static void test_checkpoints(void) {
+    // The uninterrupted run, and one resumed from its middle: all files must be the same bits, for both optimizers. The
+    // text is short, so that an epoch ends on the way: 100 bytes to train on are 5 sequences of 16, a step takes 6.
+    shell("head -c 112 README.md >'%s/epoch.txt'");
+    const char* const optimizers[] = {"lion", "adamw"};
+    for (int i = 0; i < 2; i++) {
+        char flags[1024];
+        shell("rm -rf '%s/run' '%s/half' '%s/other'");
+        snprintf(flags, sizeof flags, "--input %%s/epoch.txt --val README.md --steps 8 --save-every 4 --accum 2 --optimizer %s --out %%s/run --stats-every 3 " TINY, optimizers[i]);
+        check(run_us(flags)->status == 0, "training: %s", result.err);
+        shell("mkdir '%s/half' && cp '%s'/run/*4.safetensors '%s/half' && head -8 '%s'/run/log.csv >/dev/null");
+        shell("cp '%s'/run/*.csv '%s/half'");
+        check(run_us("--out %s/half --resume")->status == 0, "resuming: %s", result.err);
+        check(same_files("run/ckpt_00000008.safetensors", "half/ckpt_00000008.safetensors"), "%s: resume is bit-exact", optimizers[i]);
+        check(same_files("run/stats.csv", "half/stats.csv"), "resume continues stats.csv");
+        shell("for d in run half; do cut -d, -f1-5 '%s'/$d/log.csv >'%s'/$d.txt; done");
+        check(same_files("run.txt", "half.txt"), "resume continues log.csv");
+        const char* const name = "other";
+        for (int threads = 1; threads <= 3; threads++) {
+            shell("rm -rf '%s/other'");
+            snprintf(flags, sizeof flags, "--input %%s/epoch.txt --val README.md --steps 8 --save-every 4 --accum 2 --optimizer %s --out %%s/%s --stats-every 3 " TINY, optimizers[i], name);
+            run_with(flags, threads, 0, 0, 0);
+            check(same_files("run/ckpt_00000008.safetensors", "other/ckpt_00000008.safetensors"), "%d threads agree bit for bit", threads);
+        }
+    }
+    static char log[65536];
+    char path[1100];
+    text_file(path, sizeof path, "run/log.csv");
+    read_text(path, log, sizeof log);
+    int rows = 0;
+    for (char* p = log; (p = strchr(p, '\n')); p++) rows++;
+    check(rows == 9 && strncmp(log, "step,train_loss,val_loss,lr,grad_norm,ms,tokens_per_s\n1,", 55) == 0, "log.csv: %d rows", rows);
+    check(run_us("--out %s/run --resume")->status == 0 && strstr(result.out, "validation loss"), "resuming a run that is done");
+    check_fails("--input train_us.c --out %s/run " TINY, "holds a run already");
+    check_fails("--out %s/run --resume --width 64", "--width 64 does not fit checkpoint");
+    check_fails("--out %s/run --resume --optimizer lion", "--optimizer lion does not fit");
+    check_fails("--out %s/run --resume --input %s/good.bin", "was not trained on the kind of tokens");
+
+    // Writing text: the same for the same seed, and with keys and values kept as without.
+    run_us("--generate %s/run/ckpt_00000008.safetensors --prompt 'The µ' --tokens 40");
+    check(result.status == 0 && strncmp(result.out, "The µ", 6) == 0 && strlen(result.out) >= 46, "generate: %s", result.err);
+    char first[256];
+    snprintf(first, sizeof first, "%.255s", result.out);
+    check(strcmp(run_us("--generate %s/run/ckpt_00000008.safetensors --prompt 'The µ' --tokens 40")->out, first) == 0, "the same text again");
+    check(strcmp(run_us("--generate %s/run/ckpt_00000008.safetensors --prompt 'The µ' --tokens 40 --seed 9")->out, first) != 0, "other seed, other text");
+    run_us("--generate %s/run/ckpt_00000008.safetensors --prompt A --tokens 20 --temperature 0");
+    snprintf(first, sizeof first, "%.255s", result.out);
+    check(strcmp(run_us("--generate %s/run/ckpt_00000008.safetensors --prompt A --tokens 20 --top-k 1 --seed 5")->out, first) == 0, "top-k 1 is temperature 0");
+    check_fails("--generate %s/run/ckpt_00000008.safetensors --layers 3", "--layers 3 does not fit checkpoint");
+
+    // A signal: the step is finished, the state saved, the exit clean; and the run can be resumed.
+    const int signals[] = {SIGINT, SIGTERM};
+    for (int i = 0; i < 2; i++) {
+        shell("rm -rf '%s/other'");
+        run_with("--input train_us.c --steps 1000000 --out %s/other " TINY, 0, 0, signals[i], 1.0);
+        check(result.status == 0 && strstr(result.out, "stopped by a signal") && strstr(result.out, "saved "), "signal %d: exit %d %s", signals[i], result.status, result.err);
+        check(run_us("--out %s/other --resume --steps 1")->status == 0 && strstr(result.out, "resumed from"), "resuming after a signal: %s", result.err);
+    }
+    // A full disk: an error, and what was written before is as it was.
+    shell("rm -rf '%s/other' && mkdir '%s/other' && cp '%s'/run/*4.safetensors '%s/other'");
+    run_with("--out %s/other --resume", 0, 20000, 0, 0);
+    check(result.status == 1 && strstr(result.err, "cannot write"), "a full disk: exit %d %s", result.status, result.err);
+    check(same_files("other/ckpt_00000004.safetensors", "run/ckpt_00000004.safetensors"), "a full disk costs no checkpoint");
+    shell("test ! -e '%s/other/ckpt_00000008.safetensors' && test -z \"$(ls '%s/other' | grep tmp)\"");
+    // A run that diverges says so, and names where.
+    // Forged checkpoints: each is refused, in one line.
+    static const struct { const char *from, *to, *says; long cut; } forgeries[] = {
+        {"F32", "F64", "is neither F32 nor I32", 0},
+        {"\"F32\"", "\"I32\"", "is not F32 of", 0},
+        {"[96,32]", "[32,96]", "is not F32 of", 0},
+        {"[96,32]", "[97,32]", "offsets do not fit its shape", 0},
+        {"[96,32]", "[4611686018427387904,4]", "too large", 0},
+        {"[96,32]", "[72057594037927935,72057594037927935]", "larger than the file", 0},
+        {"[96,32]", "[1,1,1,1,96,32]", "list in its header is too long", 0},
+        {"[96,32]", "[96,-32]", "not a count", 0},
+        {"[0,12288]", "[4,12292]", "overlap or leave gaps", 0},
+        {"[0,12288]", "[12288,0]", "outside the file", 0},
+        {"[0,12288]", "[0]", "not two numbers", 0},
+        {"[0,12288]", "[0,99999999]", "outside the file", 0},
+        {"h.0.out", "h.0.qkv", "there twice", 0},
+        {"h.0.out", "h.0.owt", "has no tensor h.0.out", 0},
+        {"lion.m.h.0.out", "lion.n.h.0.out", "has no tensor lion.m.h.0.out", 0},
+        {"\"dtype\":", "\"dtypo\":", "unknown or repeated property", 0},
+        {"\"dtype\":\"F32\",", "", "lacks dtype", 0},
+        {"\"width\":\"32\"", "\"width\":\"x\"", "--width is a whole number", 0},
+        {"\"width\":\"32\"", "\"width\":\"64\"", "is not F32 of", 0},
+        {"\"width\":\"32\",", "", "does not say its --width", 0},
+        {"\"width\":\"32\"", "\"width\":32", "not the JSON expected", 0},
+        {"\"seed\"", "\"width\"", "there twice", 0},
+        {"\"vocab\":\"256\"", "\"vocab\":\"-3\"", "has no good vocab", 0},
+        {"\"vocab\":\"256\"", "\"vocab\":\"99\"", "was not trained on the kind of tokens", 0},
+        {"\"step\":\"4\"", "\"step\":\"4x\"", "has no good step", 0},
+        {"{\"__metadata__\"", "[\"__metadata__\"", "not the JSON expected", 0},
+        {"\"us\"", "\"u\\x\"", "escape not supported", 0},
+        {"\"us\"", "\"u\\u00zz\"", "escape not supported", 0},
+        {"}}", "}}garbage", "behind its header's end", 0},
+        {"}}", "}", "not the JSON expected", 0},
+        {"h.0.qkv", "h.0.qkvqkvqkvqkvqkvqkvqkvqkvqkvqkvqkvqkvqkvqkvqkvqkvqkvqkvqkvqkvqkvqkv", "too long", 0},
+        {"h.0.qkv", "h.0.qkv", "outside the file", 100},
+        {"h.0.qkv", "h.0.qkv", "does not fit its tensors", -4},
+    };
+    shell("rm -rf '%s/run' '%s/forged'");
+    run_us("--input train_us.c --steps 4 --out %s/run " TINY);
+    shell("mkdir '%s/forged'");
+    for (size_t i = 0; i < sizeof forgeries / sizeof *forgeries; i++) {
+        forge("forged/ckpt_00000004.safetensors", forgeries[i].from, forgeries[i].to, forgeries[i].cut);
+        check_fails("--out %s/forged --resume --steps 5", forgeries[i].says);
+    }
+    forge("forged/ckpt_00000004.safetensors", "h.0.qkv", "h.0.qkv", 0);
+    check(run_us("--out %s/forged --resume --steps 5")->status == 0, "an unchanged copy: %s", result.err);
+    // A weight that is NaN: the step is not taken, and the tensor is named.
+    shell("cd '%s/forged' && n=$(od -An -t u4 -N 4 ckpt_00000004.safetensors) && "
+          "printf '\\377\\377\\377\\377' | dd of=ckpt_00000004.safetensors bs=1 seek=$((n + 8)) conv=notrunc 2>/dev/null && rm -f *5.*");
+    check_fails("--out %s/forged --resume --steps 5", "is not finite; the parameters before it are in");
+    // Random damage to the header: an error or a run, but never a crash.
+    long size;
+    text_file(path, sizeof path, "run/ckpt_00000004.safetensors");
+    const uint8_t* good = map_file(path, "checkpoint", &size);
+    char* bad = (char*)floats((double)size);
+    for (int i = 0; i < 60; i++) {
+        memcpy(bad, good, (size_t)size);
+        for (int k = 0; k < 3; k++)
+            bad[random_u64(1, (uint64_t)i, (uint64_t)k) % (8 + read_u32(good))] = (char)random_u64(2, (uint64_t)i, (uint64_t)k);
+        text_file(path, sizeof path, "damaged");
+        write_file(path, bad, (size_t)size);
+        run_us("--generate %s/damaged --tokens 1");
+        check(result.status <= 1, "damage %d: exit %d %.300s", i, result.status, result.err);
+    }
+    free(bad);
+}
+
+// Keys and values kept from earlier positions give the same bits as a pass over the whole prefix.
+static void test_generate(void) {
+    for (int scheme = 0; scheme < 2; scheme++) {
+        Config c = small_config();
+        c.scheme = scheme, c.width = 48, c.heads = 3, c.seq = 90, c.batch = 1;
+        Model m;
+        Tokens tokens;
+        m = text_model(c, &tokens, "README.md");
+        Split all = {&tokens, 0, tokens.count};
+        tokens_read(&all, 0, 90, m.inputs, m.targets);
+        float* whole = floats(256);
+        memcpy(whole, cpu_next(&m, 0, 90), 256 * sizeof(float));
+        const long stops[] = {1, 2, 63, 64, 65, 89, 90};
+        long known = 0;
+        for (int i = 0; i < 7; known = stops[i++]) cpu_next(&m, known, stops[i]);
+        check(memcmp(whole, buffer(&m, 0, A_LOGITS, 89), 256 * sizeof(float)) == 0, "%s: incremental logits", SCHEMES[scheme].name);
+        free(whole);
+        model_free(&m);
+    }
+    Config c = small_config();
+    float logits[256];
+    long counts[3] = {0, 0, 0};
+    for (int i = 0; i < 256; i++) logits[i] = i < 2 ? logf((float)(i + 1)) : -99.0f;  // probabilities 1/3, 2/3
+    c.temperature = 1;
+    for (long i = 0; i < 30000; i++) counts[(int)min_l(2, sample_token(logits, &c, i))]++;
+    check(labs(counts[0] - 10000) < 500 && counts[2] == 0, "samples follow the probabilities: %ld of 30000", counts[0]);
+}
+
+// The last tenth is held out: a text that ends in another alphabet is learned, its end is not.
+static void test_held_out(void) {
+    static char text[20000];
+    char path[1100];
+    for (int i = 0; i < 20000; i++) text[i] = "abzq"[i % 2 + (i < 18000 ? 0 : 2)];
+    text_file(path, sizeof path, "two.txt"), write_file(path, text, sizeof text);
+    const Run* r = run_us("--input %s/two.txt --steps 80 --out %s/held " TINY);
+    const char *p = strstr(r->out, "validation loss "), *last = strstr(r->out, "step 80/80 | loss ");
+    double val = p ? atof(p + 16) : NAN, train = last ? atof(last + 18) : NAN;
+    check(train < 2.5 && val > train + 2, "training loss %.3f, validation loss %.3f on what was held out", train, val);
+    r = run_us("--input %s/two.txt --val README.md --steps 1 " TINY);
+    check(strstr(r->out, "20000 bytes to train on") != NULL, "with --val all of --input is trained on");
+}
+
+// A short training run on real text: it learns, fp8 follows fp32, and us transfers what sp does not: a finite loss.
+static void test_training(void) {
+    double end[2];
+    for (int i = 0; i < 2; i++) {
+        char flags[512];
+        snprintf(flags, sizeof flags, "--input train_us.c --layers 2 --width 128 --heads 2 --seq 64 --batch 8 --steps 60 --precision %s --eval-every 0 --tokens 1", i ? "fp8" : "fp32");
+        const Run* r = run_us(flags);
+        const char* p = strstr(r->out, "validation loss ");
+        end[i] = p ? atof(p + 16) : NAN;
+    }
+    check(end[0] < 3.5 && end[0] > 1, "60 steps end at a loss of %.3f", end[0]);  // from 5.5
+    check(fabs(end[1] / end[0] - 1) <= 0.02, "fp8 ends at %.3f, fp32 at %.3f", end[1], end[0]);
+}
+
+// -----------------------------------------------------------------------------------------------------------
+
+static const struct { const char* name; void (*test)(void); } TESTS[] = {
+    {"formats", test_formats}, {"random", test_random}, {"exp", test_exp}, {"matmul", test_matmul},
+    {"activations", test_activations}, {"gradients", test_gradients}, {"table", test_table}, {"data", test_data},
+    {"text", test_text}, {"oracle", test_oracle}, {"model_gradient", test_model_gradient},
+    {"unit_scale", test_unit_scale}, {"attention_variance", test_attention_variance}, {"generate", test_generate},
+    {"held_out", test_held_out}, {"training", test_training}, {"command_line", test_command_line}, {"bad_files", test_bad_files},
+    {"checkpoints", test_checkpoints},
+};
+
+int main(int argc, char** argv) {
+    if (argc > 1 && strcmp(argv[1], "--") == 0) return run(argc - 1, argv + 1, &CPU);
+    const char* tmp = getenv("TMPDIR");
+    snprintf(work, sizeof work, "%s/us_test_XXXXXX", tmp ? tmp : "/tmp");
+    if (!mkdtemp(work) || !realpath(argv[0], self)) die("cannot make %s or find %s", work, argv[0]);
+    for (size_t i = 0; i < sizeof TESTS / sizeof *TESTS; i++) {
+        int wanted = argc < 2, before_passed = passed, before_failed = failed;
+        for (int k = 1; k < argc; k++) wanted |= strstr(TESTS[i].name, argv[k]) != NULL;
+        if (!wanted) continue;
+        double start = seconds();
+        TESTS[i].test();
+        printf("%-20s %4d passed, %d failed  %5.1f s\n", TESTS[i].name, passed - before_passed, failed - before_failed, seconds() - start);
+        fflush(stdout);
+    }
+    char command[1100];
+    snprintf(command, sizeof command, "rm -rf '%s'", work);
+    if (system(command) != 0) failed++;
+    printf("%d passed, %d failed\n", passed, failed);
+    return failed > 0 || passed == 0;
+}
