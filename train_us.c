@@ -2,21 +2,19 @@
 train_us.c: µnit Scaling (µS), the whole recipe, in one file of plain C.
 
 µS trains a language model in FP8 without a single dynamic scale factor: every matrix starts as N(0,1), every
-matmul carries a constant that keeps its output at unit variance, every residual sum preserves variance, and so
-every tensor stays where an 8-bit float can represent it. This file is the readable reference: it runs on any CPU,
+matmul carries a constant that keeps its output at unit variance, every residual sum preserves variance: each
+tensor stays where an 8-bit float can represent it. This file is the readable reference; it runs on any CPU,
 and train_us.cu includes it for everything that is not a GPU kernel.
 
-Papers, cited below by their tags:
   [µS]   Narayan, Gupta, Paul, Blalock: µnit Scaling: Simple and Scalable FP8 LLM Training. arXiv 2502.05967
   [u-µP] Blake et al.: u-µP: The Unit-Scaled Maximal Update Parametrization. arXiv 2407.17465
   [US]   Blake, Orr, Luschi: Unit Scaling: Out-of-the-Box Low-Precision Training. arXiv 2303.11257
   [OCP]  Micikevicius et al.: FP8 Formats for Deep Learning. arXiv 2209.05433
 Where a comment says OURS, the papers are silent and the decision is this project's.
 
-Read from the top: number formats, random numbers, matmul, layers (each forward, then backward), the model,
-statistics, optimizers, data, files, text, command line, training. Arguments: outputs, inputs, sizes. B sequences,
-T positions, N = B*T rows, C width, H heads, D = C/H, L blocks, V vocabulary, Vp: V padded to a multiple of 128.
-All arrays are float and row-major: where a format is narrower, the float holds a value which that format has.
+Arguments: outputs, inputs, sizes. B sequences, T positions, N = B*T rows, C width, H heads, D = C/H,
+L blocks, V vocabulary, Vp: V padded to a multiple of 128. All arrays are float and row-major: where a format
+is narrower, the float holds a value which that format has.
 
   make && ./train_us --input FILE           (any text file; --help lists the rest)
 */
@@ -43,11 +41,12 @@ All arrays are float and row-major: where a format is narrower, the float holds 
 #include <unistd.h>
 #ifdef _OPENMP
 #include <omp.h>
+static int max_threads(void) { return omp_in_parallel() ? 1 : omp_get_max_threads(); }
+#else
+static int max_threads(void) { return 1; }
 #endif
 
-// ---------------------------------------------------------------------------------------------------------
-// Small tools
-
+// ---- Small tools ---------------------------------------------------------------------------------------
 // Prints one line that says what is wrong and what to do, then exits with status 1.
 __attribute__((noreturn, format(printf, 1, 2))) static void die(const char* format, ...) {
     va_list args;
@@ -60,8 +59,19 @@ __attribute__((noreturn, format(printf, 1, 2))) static void die(const char* form
     exit(1);
 }
 
-// Zeroed memory on a cache line boundary. The size is a double, so that a product of sizes cannot wrap
-// around.
+// printf into a string that lasts until 15 more are made.
+__attribute__((format(printf, 1, 2))) static char* form(const char* format, ...) {
+    static char ring[16][4200];
+    static int next;
+    char* to = ring[next++ % 16];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(to, sizeof ring[0], format, args);
+    va_end(args);
+    return to;
+}
+
+// Zeroed memory on a cache line boundary. The size is a double: a product of sizes cannot wrap around.
 static void* alloc(double bytes) {
     void* p = NULL;
     double physical = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
@@ -90,16 +100,7 @@ static double seconds(void) {
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-static int max_threads(void) {
-#ifdef _OPENMP
-    return omp_in_parallel() ? 1 : omp_get_max_threads();
-#else
-    return 1;
-#endif
-}
-
-// Where the time goes, by kind of layer: lap(KIND) charges the time since the last lap to KIND (for `make
-// bench`).
+// For `make bench`: lap(KIND) charges the time since the last lap to that kind of layer.
 enum { LAP_LINEAR, LAP_HEAD, LAP_ATTENTION, LAP_NORM, LAP_ACTIVATION, LAP_LOSS, LAP_EMBED, LAP_UPDATE, LAPS };
 static double lap_spent[LAPS], lap_last;
 static void lap(int kind) {
@@ -114,11 +115,9 @@ static long div_up(long a, long b) { return (a + b - 1) / b; }
 static inline uint32_t float_bits(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
 static inline float bits_float(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
 
-// ---------------------------------------------------------------------------------------------------------
-// Number formats. Masters, optimizer state and weight gradients are FP32; what flows between operations is
-// BF16; the operands of the hidden matmuls are FP8: E4M3 for inputs and weights, E5M2 for output gradients
-// ([µS] 3, fig. 1).
-
+// ---- Number formats ------------------------------------------------------------------------------------
+// Masters, optimizer state and weight gradients are FP32; what flows between operations is BF16; the operands
+// of the hidden matmuls are FP8: E4M3 for inputs and weights, E5M2 for output gradients ([µS] 3, fig. 1).
 typedef enum { FP32, BF16, E4M3, E5M2 } Format;
 typedef struct { const char* name; int mantissa_bits, min_exponent; float max; } FormatInfo;
 static const FormatInfo FORMATS[] = {
@@ -128,18 +127,16 @@ static const FormatInfo FORMATS[] = {
     {"E5M2",  2,  -14, 57344.0f},  // least subnormal 2^-16; infinities and NaN as in IEEE 754 [OCP]
 };
 
-// Rounds to the nearest BF16 value, ties to even: add just under half a unit of the last kept bit, drop the
-// rest.
+// To the nearest BF16 value, ties to even: add just under half a unit of the last kept bit, drop the rest.
 static inline float round_bf16(float x) {
     uint32_t u = float_bits(x);
     uint32_t r = (u + 0x7FFFu + ((u >> 16) & 1u)) & 0xFFFF0000u;
     return bits_float((u & 0x7FFFFFFFu) > 0x7F800000u ? u | 0x00400000u : r);
 }
 
-// Rounds to the nearest FP8 value: clip to +-max, nearest, ties to even, subnormals kept; NaN stays NaN,
-// since a diverged run must show it. Adding 1.0 * 2^(e+23-m) to |x| = 1.f * 2^e leaves exactly m mantissa
-// bits, rounded by the FPU itself; below the least normal, e stays at min_exponent, which gives the
-// subnormals their fixed step.
+// To the nearest FP8 value, ties to even, clipped to +-max; NaN stays NaN, since a diverged run must show it.
+// Adding 1.0 * 2^(e+23-m) to |x| = 1.f * 2^e leaves exactly m mantissa bits, rounded by the FPU itself; below
+// the least normal, e stays at min_exponent, which gives the subnormals their fixed step.
 static inline float round_fp8(float x, Format format) {
     const int m = format == E4M3 ? 3 : 2;
     const uint32_t least = (uint32_t)((format == E4M3 ? -6 : -14) + 127) << 23;
@@ -150,22 +147,20 @@ static inline float round_fp8(float x, Format format) {
     return bits_float(a > 0x7F800000u ? u : r);
 }
 
-// Value to code and back, for E4M3 and E5M2. The CPU computes with values only; a GPU stores the codes.
-__attribute__((unused)) static uint8_t fp8_encode(float x, Format format) {
-    int m = FORMATS[format].mantissa_bits, bias = 1 - FORMATS[format].min_exponent;
-    float a = fabsf(round_fp8(x, format));
-    uint32_t sign = (float_bits(x) >> 24) & 0x80u, u = float_bits(a);
-    if (isnan(a)) return (uint8_t)(sign | 0x7Fu);
-    if (a < ldexpf(1.0f, 1 - bias)) return (uint8_t)(sign | (uint32_t)ldexpf(a, bias - 1 + m));  // subnormal
-    return (uint8_t)(sign | (((u >> 23) - 127 + (uint32_t)bias) << m) | ((u >> (23 - m)) & ((1u << m) - 1)));
-}
+// Code to value and back, for E4M3 and E5M2. The CPU computes with values only; a GPU stores the codes.
 __attribute__((unused)) static float fp8_decode(uint8_t code, Format format) {
-    int m = FORMATS[format].mantissa_bits, bias = 1 - FORMATS[format].min_exponent;
+    int m = FORMATS[format].mantissa_bits, least = FORMATS[format].min_exponent;
     int e = (code & 0x7F) >> m, f = code & ((1 << m) - 1);
-    float a = e == 0 ? ldexpf((float)f, 1 - bias - m) : ldexpf((float)(f + (1 << m)), e - bias - m);
+    float a = e == 0 ? ldexpf((float)f, least - m) : ldexpf((float)(f + (1 << m)), e - 1 + least - m);
     if (format == E4M3 && (code & 0x7F) == 0x7F) a = NAN;
     if (format == E5M2 && e == 31) a = f ? NAN : INFINITY;
     return code & 0x80 ? -a : a;
+}
+__attribute__((unused)) static uint8_t fp8_encode(float x, Format format) {
+    float a = fabsf(round_fp8(x, format));
+    uint8_t code = 0;
+    while (code < 0x7F && fp8_decode(code, format) != a) code++;  // 0x7F is NaN
+    return (uint8_t)(code | (float_bits(x) >> 24 & 0x80u));
 }
 
 // One value as `format` stores it. An FP8 value is always rounded from the BF16 value (OURS), so that it can
@@ -181,23 +176,22 @@ static inline void round_all(float* x, long n, Format format) {
     if (format == E5M2) for (long i = 0; i < n; i++) x[i] = round_to(x[i], E5M2);
 }
 
-// The three precision modes: what flows between operations, hidden inputs and weights, hidden output
-// gradients.
+// The precision modes: what flows between operations, hidden inputs and weights, hidden output gradients.
 typedef struct { const char* name; Format stream, operand, gradient; } Precision;
 static const Precision PRECISIONS[] = {
     {"fp32", FP32, FP32, FP32}, {"bf16", BF16, BF16, BF16}, {"fp8", BF16, E4M3, E5M2}};
 
-// ---------------------------------------------------------------------------------------------------------
-// Random numbers. Counter-based: a number depends on seed, stream and index and on nothing drawn before, so
-// any thread, rank or device draws the same. The mixer is SplitMix64's (Steele, Lea, Flood 2014).
-
+// ---- Random numbers ------------------------------------------------------------------------------------
+// Counter-based: a number depends on seed, stream and index and on nothing drawn before, so any thread, rank
+// or device draws the same. The mixer is SplitMix64's (Steele, Lea, Flood 2014).
 static inline uint64_t mix64(uint64_t x) {
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
     x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
     return x ^ (x >> 31);
 }
 static inline uint64_t random_u64(uint64_t seed, uint64_t stream, uint64_t index) {
-    return mix64(mix64(seed * 0x9E3779B97F4A7C15ull + mix64(stream + 1)) + (index + 1) * 0x9E3779B97F4A7C15ull);
+    const uint64_t golden = 0x9E3779B97F4A7C15ull;
+    return mix64(mix64(seed * golden + mix64(stream + 1)) + (index + 1) * golden);
 }
 static inline double random_uniform(uint64_t seed, uint64_t stream, uint64_t index) {  // in (0, 1)
     return ((double)(random_u64(seed, stream, index) >> 11) + 0.5) * 0x1p-53;
@@ -219,13 +213,11 @@ static void fill_normal(float* x, long n, float std, uint64_t seed, uint64_t str
     }
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// Matmul: nearly all of the time goes here, so it is the one function written for speed, in the manner of
-// BLIS (Van Zee, van de Geijn 2015). Both operands are copied, KC values of K at a time, into panels that the
-// tile reads in order; the tile keeps MR x NR sums in vector registers. Its size follows the register file:
-// sums, one row of B and one broadcast of A must fit. The copy is also where an operand is rounded to FP8, so
-// FP8 costs no memory.
-
+// ---- Matmul --------------------------------------------------------------------------------------------
+// Nearly all of the time goes here, so it is the one function written for speed, after BLIS (Van Zee, van de
+// Geijn 2015). Both operands are copied, KC values of K at a time, into panels that the tile reads in order,
+// and rounded to FP8 on the way, so FP8 costs no memory. The tile keeps MR x NR sums in vector registers; its
+// size follows the register file: sums, one row of B and one broadcast of A must fit.
 #if defined(__AVX512F__)
 enum { LANES = 16, MR = 12, NV = 2 };  // 32 registers of 16 floats
 #elif defined(__AVX__)
@@ -268,12 +260,20 @@ static inline void tile(Vec sums[MR][NV], const float* a, const float* b, long k
     memcpy(sums, c, sizeof c);
 }
 
+// One row of a tile to memory; the loops of full length are unrolled into vectors.
+static inline void store(float* out, const float* sums, float alpha, long n, int add) {
+    if (n == NR && add) for (int j = 0; j < NR; j++) out[j] += alpha * sums[j];
+    else if (n == NR) for (int j = 0; j < NR; j++) out[j] = alpha * sums[j];
+    else for (int j = 0; j < n; j++) out[j] = (add ? out[j] : 0.0f) + alpha * sums[j];
+}
+
 // out[i*ld + j] = round(alpha * sum over k of a(i,k) b(j,k) (+ out, if accumulate)) for i < M, j < N, k < K.
 // The order of every sum depends on K alone, so the result is the same bits for any number of threads.
-static void matmul(float* out, long ld, Operand a, Operand b, long M, long N, long K, float alpha, int accumulate,
-                   Format format) {
+static void matmul(float* out, long ld, Operand a, Operand b, long M, long N, long K, float alpha,
+                   int accumulate, Format format) {
     int threads = max_threads();
-    long mc = min_l(120 / MR * MR, div_up(div_up(M, 2 * threads), MR) * MR), row_blocks = div_up(M, mc);
+    long blocks = threads * div_up(M, threads * 120);  // rows in about as many equal blocks for each thread
+    long mc = div_up(div_up(M, blocks), MR) * MR, row_blocks = div_up(M, mc);
     float* packed_b = scratch(SCRATCH_B, (long)KC * NC);
     for (long n0 = 0; n0 < N; n0 += NC) {
         long panels = div_up(min_l(NC, N - n0), NR);
@@ -283,22 +283,22 @@ static void matmul(float* out, long ld, Operand a, Operand b, long M, long N, lo
             #pragma omp parallel if (threads > 1)
             {
                 #pragma omp for schedule(static)
-                for (long p = 0; p < panels; p++) pack(packed_b + p * KC * NR, &b, n0 + p * NR, N, k0, kc, NR);
+                for (long p = 0; p < panels; p++)
+                    pack(packed_b + p * KC * NR, &b, n0 + p * NR, N, k0, kc, NR);
                 float* packed_a = scratch(SCRATCH_A, mc * KC);
                 #pragma omp for schedule(dynamic, 1)
                 for (long block = 0; block < row_blocks * col_blocks; block++) {
-                    long i0 = block / col_blocks * mc, i1 = min_l(M, i0 + mc), p0 = block % col_blocks * width;
+                    long i0 = block / col_blocks * mc, i1 = min_l(M, i0 + mc);
+                    long p0 = block % col_blocks * width, p1 = min_l(panels, p0 + width);
                     for (long i = i0; i < i1; i += MR) pack(packed_a + (i - i0) * KC, &a, i, i1, k0, kc, MR);
-                    for (long p = p0; p < min_l(panels, p0 + width); p++)
+                    for (long p = p0; p < p1; p++)
                         for (long i = i0; i < i1; i += MR) {
                             Vec sums[MR][NV];
                             tile(sums, packed_a + (i - i0) * KC, packed_b + p * KC * NR, kc);
-                            long n = min_l(NR, N - n0 - p * NR), first = k0 == 0 && !accumulate;
+                            long n = min_l(NR, N - n0 - p * NR);
                             for (long r = 0; r < min_l(MR, i1 - i); r++) {
                                 float* o = out + (i + r) * ld + n0 + p * NR;
-                                const float* s = (const float*)sums[r];
-                                if (first) for (long j = 0; j < n; j++) o[j] = alpha * s[j];
-                                else for (long j = 0; j < n; j++) o[j] += alpha * s[j];
+                                store(o, (const float*)sums[r], alpha, n, accumulate || k0 > 0);
                                 if (k0 + kc == K) round_all(o, n, format);
                             }
                         }
@@ -308,8 +308,8 @@ static void matmul(float* out, long ld, Operand a, Operand b, long M, long N, lo
     }
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// Layers, each a forward and a backward. Gradients named dX belong to X; a weight gradient is added to, every
+// ---- Layers --------------------------------------------------------------------------------------------
+// Each is a forward and a backward. Gradients named dX belong to X; a weight gradient is added to, every
 // other gradient is written. `format` is what the result is rounded to.
 
 // e^x to 2 units in the last place. A libm call would keep the loops over GELU and softmax from vectorizing.
@@ -325,8 +325,7 @@ static inline float fast_exp(float x) {
 static inline float sigmoid(float x) { return 1.0f / (1.0f + fast_exp(-x)); }
 
 // Linear: Y = alpha X W^T. All three matmuls carry the same alpha ([µS] table 1); no biases.
-static void linear_forward(float* y,                                    // (N,O)
-                           const float* x, const float* w,              // (N,I), (O,I)
+static void linear_forward(float* y, const float* x, const float* w,    // (N,O), (N,I), (O,I)
                            float alpha, const Precision* p, long N, long I, long O) {
     matmul(y, O, view(x, I, 1, p->operand), view(w, I, 1, p->operand), N, O, I, alpha, 0, p->stream);
 }
@@ -337,9 +336,9 @@ static void linear_backward(float* dx, float* dw,                               
     matmul(dw, I, view(dy, 1, O, p->gradient), view(x, 1, I, p->operand), O, I, N, alpha, 1, FP32);
 }
 
-// out = a x + b y, elementwise; the residual sum of a branch without LayerNorm at its end, and of every
-// backward.
-static void weighted_sum(float* out, float a, const float* x, float b, const float* y, long n, Format format) {
+// out = a x + b y: the residual sum of a branch without LayerNorm at its end, and of every backward.
+static void weighted_sum(float* out, float a, const float* x, float b, const float* y,
+                         long n, Format format) {
     #pragma omp parallel for schedule(static)
     for (long i0 = 0; i0 < n; i0 += 4096) {
         long i1 = min_l(n, i0 + 4096);
@@ -364,20 +363,20 @@ static void layernorm_forward(float* out, float* mean, float* rstd,             
         #pragma omp simd reduction(+ : square)
         for (long c = 0; c < C; c++) square += (xn[c] - mu) * (xn[c] - mu);
         float rs = 1.0f / sqrtf(square / (float)C + 1e-5f);
-        for (long c = 0; c < C; c++) on[c] = b * ((xn[c] - mu) * rs * gain[c] + bias[c]) + (sn ? a * sn[c] : 0.0f);
+        for (long c = 0; c < C; c++)
+            on[c] = b * ((xn[c] - mu) * rs * gain[c] + bias[c]) + (sn ? a * sn[c] : 0.0f);
         round_all(on, C, format);
         mean[n] = mu;
         rstd[n] = rs;
     }
 }
 
-// The gradient on LN's output is b dout. dx = a dskip + its gradient on LN's input (dskip = NULL: that
-// alone).
+// The gradient on LN's output is b dout; dx = a dskip + that on LN's input (dskip = NULL: the latter alone).
 static void layernorm_backward(float* dx, float* dgain, float* dbias,                      // (N,C), (C), (C)
                                const float* dout, const float* x, const float* mean, const float* rstd,
                                const float* gain, const float* dskip, float a, float b, long N, long C,
                                Format format) {
-    const long ROWS = 32, chunks = div_up(N, ROWS);  // gain and bias sums: by chunk, then over chunks in order
+    const long ROWS = 32, chunks = div_up(N, ROWS);  // gain and bias: sums by chunk, then of chunks in order
     float* sums = scratch(SCRATCH_SUMS, chunks * 2 * C);
     #pragma omp parallel for schedule(static)
     for (long chunk = 0; chunk < chunks; chunk++) {
@@ -413,7 +412,7 @@ static void layernorm_backward(float* dx, float* dgain, float* dbias,           
 
 // Activations ([µS] A.7). GELU in its tanh form is x sigmoid(2u): 0.5 (1 + tanh(u)) = sigmoid(2u).
 typedef enum { GELU, RELU, SILU } Activation;
-static inline float gelu_2u(float x) { return 1.5957691216f * (x + 0.044715f * x * x * x); }  // 2 sqrt(2/pi) (...)
+static inline float gelu_2u(float x) { return 1.5957691216f * (x + 0.044715f * x * x * x); }  // 2 sqrt(2/pi)
 static inline float activate(float x, Activation kind) {
     return kind == RELU ? (x < 0.0f ? 0.0f : x) : x * sigmoid(kind == GELU ? gelu_2u(x) : x);
 }
@@ -434,7 +433,8 @@ static void activation_forward(float* g, const float* h, Activation kind, long n
         round_all(g + i0, i1 - i0, format);
     }
 }
-static void activation_backward(float* dh, const float* dg, const float* h, Activation kind, long n, Format format) {
+static void activation_backward(float* dh, const float* dg, const float* h, Activation kind,     // (N,4C)
+                                long n, Format format) {
     #pragma omp parallel for schedule(static)
     for (long i0 = 0; i0 < n; i0 += 4096) {
         long i1 = min_l(n, i0 + 4096);
@@ -487,7 +487,7 @@ static void attention_forward(float* y, const float* qkv,               // (B,T,
 }
 
 // dV = P^T dY; dP = dY V^T; dS = P (dP - rowsum(P dP)) / sqrt(D); dQ = dS K; dK = dS^T Q.
-static void attention_backward(float* dqkv, const float* dy, const float* qkv,     // (B,T,3C), (B,T,C), (B,T,3C)
+static void attention_backward(float* dqkv, const float* dy, const float* qkv,  // (B,T,3C), (B,T,C), (B,T,3C)
                                long B, long T, long C, long H, Format format) {
     const long D = C / H, row = 3 * C;
     #pragma omp parallel for schedule(dynamic, 1)
@@ -498,6 +498,7 @@ static void attention_backward(float* dqkv, const float* dy, const float* qkv,  
         float *P = scratch(SCRATCH_P, QUERIES * T), *dP = scratch(SCRATCH_DP, QUERIES * T);
         for (long t = (T - 1) / QUERIES * QUERIES; t >= 0; t -= QUERIES) {
             long n = min_l(QUERIES, T - t), keys = t + n;
+            float* dqt = dq + t * row;
             int add = keys < T;  // the last rows come first, see all keys and write; the others add
             const float *qt = q + t * row, *dyt = dy + (bh / H * T + t) * C + bh % H * D;
             attention_weights(P, qt, k, row, t, n, D);
@@ -509,7 +510,7 @@ static void attention_backward(float* dqkv, const float* dy, const float* qkv,  
                 for (long j = 0; j < keys; j++) dot += p[j] * dp[j];
                 for (long j = 0; j < keys; j++) dp[j] = p[j] * (dp[j] - dot) * scale;
             }
-            matmul(dq + t * row, row, view(dP, keys, 1, FP32), view(k, 1, row, FP32), n, D, keys, 1.0f, 0, FP32);
+            matmul(dqt, row, view(dP, keys, 1, FP32), view(k, 1, row, FP32), n, D, keys, 1.0f, 0, FP32);
             matmul(dk, row, view(dP, 1, keys, FP32), view(qt, 1, row, FP32), keys, D, n, 1.0f, add, FP32);
         }
         for (long t = 0; t < T; t++)
@@ -518,8 +519,9 @@ static void attention_backward(float* dqkv, const float* dy, const float* qkv,  
 }
 
 // x = scale (wte[token] + wpe[position]); rows are rounded as they are read.
-static void embedding_forward(float* x, const int* tokens, const float* wte, const float* wpe,   // (B,T,C), (B,T)
-                              float scale, long B, long t0, long T, long C, Format format) {    // (Vp,C), (T,C)
+static void embedding_forward(float* x, const int* tokens,                     // (B,T,C), (B,T)
+                              const float* wte, const float* wpe, float scale, // (Vp,C), (T,C)
+                              long B, long t0, long T, long C, Format format) {
     #pragma omp parallel for schedule(static)
     for (long n = t0; n < B * T; n++) {
         const float *e = wte + tokens[n] * C, *p = wpe + n % T * C;
@@ -538,12 +540,11 @@ static void embedding_backward(float* dwte, float* dwpe, const float* dx, const 
             }
 }
 
-// Cross-entropy of each row, and in place of the logits their gradient, softmax - onehot, times `scale`. The
-// mean's 1/N and the head's multiplier are left out on purpose: the whole backward pass runs on S = N C (sp:
-// N) times the true gradient, without which E5M2 would flush almost all of it to zero (OURS). scale is 1 but
-// for the test of that. Padded columns V..Vp-1 take no part. With want_gradient = 0 the logits stay as they
-// are.
-static void loss_forward_backward(float* losses, float* logits, const int* targets,             // (N), (N,Vp), (N)
+// Cross-entropy of each row; with want_gradient, the logits become their gradient, scale (softmax - onehot).
+// The mean's 1/N and the head's multiplier are left out on purpose: the whole backward pass runs on S = N C
+// (sp: N) times the true gradient, without which E5M2 would flush almost all of it to zero (OURS); scale is 1
+// but for the test of that. Padded columns V..Vp-1 take no part.
+static void loss_forward_backward(float* losses, float* logits, const int* targets,     // (N), (N,Vp), (N)
                                   int want_gradient, float scale, long N, long V, long Vp, Format format) {
     #pragma omp parallel for schedule(static)
     for (long n = 0; n < N; n++) {
@@ -560,9 +561,8 @@ static void loss_forward_backward(float* losses, float* logits, const int* targe
     }
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// The model. A scheme is data: all that tells µS from the standard parametrization, and nothing else does.
-
+// ---- The model -----------------------------------------------------------------------------------------
+// A scheme is data: all that tells µS from the standard parametrization, and nothing else does.
 typedef struct {
     const char* name;
     int norm_last;          // LayerNorm ends a branch (Res-Post-LayerNorm) or begins it (pre-LayerNorm)
@@ -585,8 +585,8 @@ static const Scheme SCHEMES[] = {
 enum { LION, ADAMW };
 typedef struct {
     char *input, *val, *tokenizer, *out, *dump, *generate, *prompt;
-    int scheme, layers, width, heads, seq, activation, batch, accum, steps, optimizer, warmup, base_width, precision;
-    int eval_every, sample_every, stats_every, save_every, resume, tokens, top_k, help;
+    int scheme, layers, width, heads, seq, activation, batch, accum, steps, optimizer, warmup, base_width;
+    int precision, eval_every, sample_every, stats_every, save_every, resume, tokens, top_k, help;
     float tau, lr, decay, temperature;
     uint64_t seed;
     int vocab;  // V: 256 for bytes, 50257 for GPT-2's tokens; the data tells
@@ -623,14 +623,16 @@ static const TensorKind TENSORS[TENSOR_KINDS] = {
 typedef struct {
     char name[32];            // as in a checkpoint: h.0.qkv
     const TensorKind* kind;
-    long rows, cols, offset;  // a vector has 1 row; offset in floats, the same in parameters, gradients, moments
+    long rows, cols, offset;  // a vector has 1 row; the offset in parameters, gradients, moments
     float alpha, lr_factor;   // multiplier of its matmul; its learning rate over --lr
     Format operand;           // what its matmul reads it as
 } Tensor;
 
 // The table of buffers: what forward keeps for backward, one for each block or one in all, and the gradients.
-enum { A_NORM1, A_QKV, A_Y, A_OUT, A_MEAN1, A_RSTD1, A_MID, A_NORM2, A_UP, A_G, A_DOWN, A_MEAN2, A_RSTD2, A_X,
-       A_X0, A_LNF, A_MEANF, A_RSTDF, A_LOGITS, A_LOSSES, D_X, D_BRANCH, D_INPUT, D_WIDE, BUFFERS, BLOCK_BUFFERS = A_X0 };
+enum { A_NORM1, A_QKV, A_Y, A_OUT, A_MEAN1, A_RSTD1, A_MID,   // in every block
+       A_NORM2, A_UP, A_G, A_DOWN, A_MEAN2, A_RSTD2, A_X,
+       A_X0, A_LNF, A_MEANF, A_RSTDF, A_LOGITS, A_LOSSES, D_X, D_BRANCH, D_INPUT, D_WIDE,
+       BUFFERS, BLOCK_BUFFERS = A_X0 };
 static const struct { const char* name; Dim width; } BUFFER_KINDS[BUFFERS] = {
     {"norm1", DIM_C}, {"qkv", DIM_3C}, {"y", DIM_C}, {"out", DIM_C}, {"mean1", DIM_1}, {"rstd1", DIM_1},
     {"mid", DIM_C}, {"norm2", DIM_C}, {"up", DIM_4C}, {"g", DIM_4C}, {"down", DIM_C}, {"mean2", DIM_1},
@@ -639,8 +641,7 @@ static const struct { const char* name; Dim width; } BUFFER_KINDS[BUFFERS] = {
     {"dx", DIM_C}, {"dbranch", DIM_C}, {"dinput", DIM_C}, {"dwide", DIM_4C},
 };
 
-// Statistics of one matmul operand, or of the stream; a row is input, weight and output gradient, or the
-// stream.
+// Statistics of one tensor; a row is a matmul's input, weight and output gradient, or the stream alone.
 typedef struct { Format format; double rms, max, flushed, saturated; } Stat;
 typedef struct { char name[32]; Stat stat[3]; } StatRow;
 
@@ -662,19 +663,19 @@ typedef struct {
     StatRow* stats;                      // 1 + 5 L + 1
 } Model;
 
-static Tensor* tensor(const Model* m, int block, int kind) {  // `block` does not matter for one that is there once
-    int once = m->c.layers * BLOCK_TENSORS + kind - BLOCK_TENSORS;
-    return m->tensors + (kind >= BLOCK_TENSORS ? once : block * BLOCK_TENSORS + kind);
+static Tensor* tensor(const Model* m, int block, int kind) {  // any block for what is there once
+    return m->tensors + (kind >= BLOCK_TENSORS ? m->c.layers - 1 : block) * BLOCK_TENSORS + kind;
 }
-static float* param(const Model* m, int block, int kind) { return m->params + tensor(m, block, kind)->offset; }
-static float* grad(const Model* m, int block, int kind) { return m->grads + tensor(m, block, kind)->offset; }
+static float* param(const Model* m, int l, int kind) { return m->params + tensor(m, l, kind)->offset; }
+static float* grad(const Model* m, int l, int kind) { return m->grads + tensor(m, l, kind)->offset; }
 static float* buffer(const Model* m, int block, int kind, long row) {
     return m->buffers[kind] + (block * m->rows + row) * dim_of(&m->c, BUFFER_KINDS[kind].width);
 }
 // Floats in a buffer. Without pre-LayerNorm a linear reads the stream itself.
 static double buffer_size(const Model* m, int kind) {
     if (m->scheme->norm_last && (kind == A_NORM1 || kind == A_NORM2)) return 0;
-    return (double)m->rows * (kind < BLOCK_BUFFERS ? m->c.layers : 1) * (double)dim_of(&m->c, BUFFER_KINDS[kind].width);
+    double width = (double)dim_of(&m->c, BUFFER_KINDS[kind].width);
+    return width * (double)m->rows * (kind < BLOCK_BUFFERS ? m->c.layers : 1);
 }
 
 // tau depends on depth only: 0.4 at L = 4, about 0.1 at L = 100 ([µS] 3.1, fig. 5, 9); the power law is OURS.
@@ -696,17 +697,17 @@ static void model_layout(Model* m, const Config* c) {
     for (int i = 0; i < m->num_tensors; i++) {
         int block = i / BLOCK_TENSORS, once = i - (c->layers - 1) * BLOCK_TENSORS;
         Tensor* t = &m->tensors[i];
-        t->kind = &TENSORS[once < BLOCK_TENSORS ? i % BLOCK_TENSORS : once];
-        if (once < BLOCK_TENSORS) snprintf(t->name, sizeof t->name, "h.%d.%s", block, t->kind->name);
-        else snprintf(t->name, sizeof t->name, "%s", t->kind->name);
-        t->rows = dim_of(c, t->kind->rows);
-        t->cols = dim_of(c, t->kind->fan_in);
+        const TensorKind* k = t->kind = &TENSORS[once < BLOCK_TENSORS ? i % BLOCK_TENSORS : once];
+        if (once < BLOCK_TENSORS) snprintf(t->name, sizeof t->name, "h.%d.%s", block, k->name);
+        else snprintf(t->name, sizeof t->name, "%s", k->name);
+        t->rows = dim_of(c, k->rows);
+        t->cols = dim_of(c, k->fan_in);
         t->offset = m->num_params;
         m->num_params += div_up(t->rows * t->cols, 16) * 16;
-        float power = t->kind == &TENSORS[HEAD] ? m->scheme->head_power : t->kind->hidden ? m->scheme->hidden_power : 0;
+        float power = k->hidden ? m->scheme->hidden_power : k == &TENSORS[HEAD] ? m->scheme->head_power : 0;
         t->alpha = powf((float)t->cols, power);
-        t->lr_factor = t->kind->hidden ? powf((float)c->width / (float)c->base_width, m->scheme->lr_power) : 1.0f;
-        t->operand = t->kind->hidden ? m->hidden->operand : t->kind->rows == DIM_1 ? FP32 : m->head->operand;
+        t->lr_factor = powf((float)c->width / (float)c->base_width, k->hidden ? m->scheme->lr_power : 0);
+        t->operand = k->hidden ? m->hidden->operand : k->rows == DIM_1 ? FP32 : m->head->operand;
     }
     m->grad_scale = (double)m->rows * c->accum / tensor(m, 0, HEAD)->alpha;  // us: S = N C; sp: S = N
     m->loss_scale = 1.0f;
@@ -725,10 +726,9 @@ static void model_alloc_buffers(Model* m) {
     m->stats = (StatRow*)alloc(sizeof(StatRow) * (2.0 + 5.0 * m->c.layers));
 }
 static void model_free(Model* m) {
-    free(m->params), free(m->grads), free(m->m), free(m->v), free(m->inputs), free(m->targets);
+    void* const all[] = {m->params, m->grads, m->m, m->v, m->inputs, m->targets, m->tensors, m->stats};
+    for (int i = 0; i < 8; i++) free(all[i]);
     for (int k = 0; k < BUFFERS; k++) free(m->buffers[k]);
-    free(m->tensors);
-    free(m->stats);
     memset(m, 0, sizeof *m);
 }
 
@@ -738,20 +738,19 @@ static void model_init(Model* m) {
         const Tensor* t = &m->tensors[i];
         float *w = m->params + t->offset, std = m->scheme->init_std;
         if (t->kind->init == INIT_RESIDUAL) std *= powf(2.0f * (float)m->c.layers, m->scheme->residual_power);
-        if (t->kind->init <= INIT_RESIDUAL) fill_normal(w, t->rows * t->cols, std, m->c.seed, stream_of(t->name));
+        if (t->kind->init <= INIT_RESIDUAL)
+            fill_normal(w, t->rows * t->cols, std, m->c.seed, stream_of(t->name));
         else for (long k = 0; k < t->cols; k++) w[k] = t->kind->init == INIT_ONE ? 1.0f : 0.0f;
     }
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// Unit-scale statistics: is every tensor where its format can hold it? RMS and largest magnitude before the
-// cast, the share of non-zero values that the cast flushes to zero, and the share beyond the format's largest
-// value.
-
+// ---- Unit-scale statistics -----------------------------------------------------------------------------
+// Is every tensor where its format can hold it? RMS and largest magnitude before the cast, the share of
+// non-zero values that the cast flushes to zero, and the share beyond its largest value.
 static void stat_measure(Stat* s, const float* x, long n, Format format) {
-    enum { CHUNK = 16384 };  // fixed, so that the sums do not depend on the number of threads
+    enum { CHUNK = 16384, SUMS = 5 };  // fixed, so that the sums do not depend on the number of threads
     const long chunks = div_up(n, CHUNK);
-    float* part = scratch(SCRATCH_SUMS, chunks * 5);
+    float* sums = scratch(SCRATCH_SUMS, chunks * SUMS);
     #pragma omp parallel for schedule(static)
     for (long k = 0; k < chunks; k++) {
         float square = 0, max = 0, nonzero = 0, flushed = 0, saturated = 0;
@@ -765,136 +764,120 @@ static void stat_measure(Stat* s, const float* x, long n, Format format) {
             flushed += a != 0.0f && cast == 0.0f ? 1.0f : 0.0f;
             saturated += a > FORMATS[format].max ? 1.0f : 0.0f;
         }
-        part[5 * k] = square, part[5 * k + 1] = max, part[5 * k + 2] = nonzero, part[5 * k + 3] = flushed;
-        part[5 * k + 4] = saturated;
+        const float chunk[SUMS] = {square, nonzero, flushed, saturated, max};
+        memcpy(sums + SUMS * k, chunk, sizeof chunk);
     }
-    double total[5] = {0, 0, 0, 0, 0};
-    for (long k = 0; k < chunks; k++)
-        for (int i = 0; i < 5; i++) total[i] = i == 1 ? fmax(total[1], part[5 * k + 1]) : total[i] + part[5 * k + i];
+    double total[SUMS] = {0, 0, 0, 0, 0}, max = 0;
+    for (long k = 0; k < chunks * SUMS; k++) {
+        total[k % SUMS] += sums[k];
+        if (k % SUMS == 4) max = fmax(max, sums[k]);
+    }
     s->format = format;
     s->rms = sqrt(total[0] / (double)n);
-    s->max = total[1];
-    s->flushed = total[3] / fmax(total[2], 1);
-    s->saturated = total[4] / (double)n;
+    s->max = max;
+    s->flushed = total[2] / fmax(total[1], 1);
+    s->saturated = total[3] / (double)n;
 }
 // Rows: 0 the embeddings' sum; for each block qkv, out, up, down and the stream after it; last the head.
-static int stat_row(const Model* m, int block, int kind) { return kind == HEAD ? 1 + 5 * m->c.layers : 1 + 5 * block + kind; }
-static void stat_record(Model* m, int row, const char* name, int operand, const float* x, long n, Format format) {
+static int stat_row(const Model* m, int block, int kind) {
+    return kind == HEAD ? 1 + 5 * m->c.layers : 1 + 5 * block + kind;
+}
+static void stat_record(Model* m, int row, const char* name, int operand, const float* x, long n, Format f) {
     if (!m->stats_on) return;
     snprintf(m->stats[row].name, sizeof m->stats[row].name, "%s", name);
-    stat_measure(&m->stats[row].stat[operand], x, n, format);
+    stat_measure(&m->stats[row].stat[operand], x, n, f);
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// Forward and backward of the whole model. t0 > 0 continues one sequence (B = 1) whose earlier rows are in
-// place.
+// ---- Forward and backward of the model -----------------------------------------------------------------
+// t0 > 0 continues one sequence (B = 1) whose earlier rows are there.
 
-// What differs between the two branches of a block: 0 attention, 1 mlp.
-static const struct { int norm, mean, rstd, last, out, gain, bias; } BRANCH[2] = {
-    {A_NORM1, A_MEAN1, A_RSTD1, A_OUT, A_MID, LN1_GAIN, LN1_BIAS},
-    {A_NORM2, A_MEAN2, A_RSTD2, A_DOWN, A_X, LN2_GAIN, LN2_BIAS},
-};
-static const float* stream_before(const Model* m, int l, int branch, long row) {
-    return branch ? buffer(m, l, A_MID, row) : l ? buffer(m, l - 1, A_X, row) : buffer(m, 0, A_X0, row);
+// A block is two branches, each x += branch(x) in its scheme's way: (LayerNorm,) a linear that widens,
+// attention or activation, a linear that narrows, (LayerNorm,) the weighted sum with the stream.
+enum { ATTENTION, MLP, FINAL };  // FINAL: only the LayerNorm before the head
+typedef struct { int gain, bias, mean, rstd, norm, wide, inner, last, out, first, second; } Branch;
+static const Branch BRANCHES[] = {
+    {LN1_GAIN, LN1_BIAS, A_MEAN1, A_RSTD1, A_NORM1, A_QKV, A_Y, A_OUT, A_MID, QKV, OUT},
+    {LN2_GAIN, LN2_BIAS, A_MEAN2, A_RSTD2, A_NORM2, A_UP, A_G, A_DOWN, A_X, UP, DOWN},
+    {LNF_GAIN, LNF_BIAS, A_MEANF, A_RSTDF, A_LNF, 0, 0, 0, 0, 0, 0}};
+static const float* stream_before(const Model* m, int l, int mlp, long row) {
+    return mlp ? buffer(m, l, A_MID, row) : l ? buffer(m, l - 1, A_X, row) : buffer(m, 0, A_X0, row);
 }
-static const float* branch_input(const Model* m, int l, int branch, long row) {
-    return m->scheme->norm_last ? stream_before(m, l, branch, row) : buffer(m, l, BRANCH[branch].norm, row);
-}
-
-static void norm_forward(Model* m, int l, int branch, float* out, const float* x, const float* skip, long row, long N) {
-    layernorm_forward(out, buffer(m, l, BRANCH[branch].mean, row), buffer(m, l, BRANCH[branch].rstd, row), x,
-                      param(m, l, BRANCH[branch].gain), param(m, l, BRANCH[branch].bias), skip, m->a,
-                      skip ? m->b : 1.0f, N, m->c.width, m->hidden->stream);
-}
-static void norm_backward(Model* m, int l, int branch, float* dx, const float* dout, const float* x, const float* dskip) {
-    layernorm_backward(dx, grad(m, l, BRANCH[branch].gain), grad(m, l, BRANCH[branch].bias), dout, x,
-                       buffer(m, l, BRANCH[branch].mean, 0), buffer(m, l, BRANCH[branch].rstd, 0),
-                       param(m, l, BRANCH[branch].gain), dskip, m->a, dskip ? 1.0f : m->b, m->rows, m->c.width,
-                       m->hidden->stream);
+static const float* branch_input(const Model* m, int l, int mlp, long row) {
+    return m->scheme->norm_last ? stream_before(m, l, mlp, row) : buffer(m, l, BRANCHES[mlp].norm, row);
 }
 
-// A branch begins with pre-LayerNorm or nothing, and ends in the weighted residual sum, in us of
-// LayerNorm(branch).
-static const float* branch_begin(Model* m, int l, int branch, long row, long N) {
-    const float* x = stream_before(m, l, branch, row);
-    if (!m->scheme->norm_last) norm_forward(m, l, branch, buffer(m, l, BRANCH[branch].norm, row), x, NULL, row, N);
-    lap(LAP_NORM);
-    return branch_input(m, l, branch, row);
+static void norm_forward(Model* m, int l, int branch, float* out, const float* x, const float* skip,
+                         long row, long N) {
+    const Branch* b = &BRANCHES[branch];
+    layernorm_forward(out, buffer(m, l, b->mean, row), buffer(m, l, b->rstd, row), x, param(m, l, b->gain),
+                      param(m, l, b->bias), skip, m->a, skip ? m->b : 1.0f, N, m->c.width, m->hidden->stream);
 }
-static void branch_end(Model* m, int l, int branch, long row, long N) {
-    float* out = buffer(m, l, BRANCH[branch].out, row);
-    const float *f = buffer(m, l, BRANCH[branch].last, row), *x = stream_before(m, l, branch, row);
-    if (m->scheme->norm_last) norm_forward(m, l, branch, out, f, x, row, N);
-    else weighted_sum(out, m->a, x, m->b, f, N * m->c.width, m->hidden->stream);
-    lap(LAP_NORM);
-}
-static void branch_end_backward(Model* m, int l, int branch) {  // D_X -> D_BRANCH
-    float *dx = m->buffers[D_X], *dbranch = m->buffers[D_BRANCH];
-    if (m->scheme->norm_last) norm_backward(m, l, branch, dbranch, dx, buffer(m, l, BRANCH[branch].last, 0), NULL);
-    else weighted_sum(dbranch, m->b, dx, 0.0f, dx, m->rows * m->c.width, m->hidden->stream);
-    lap(LAP_NORM);
-}
-static void branch_begin_backward(Model* m, int l, int branch) {  // D_X = a D_X + (LayerNorm's) D_INPUT
-    float *dx = m->buffers[D_X], *dinput = m->buffers[D_INPUT];
-    if (m->scheme->norm_last) weighted_sum(dx, m->a, dx, 1.0f, dinput, m->rows * m->c.width, m->hidden->stream);
-    else norm_backward(m, l, branch, dx, dinput, stream_before(m, l, branch, 0), dx);
-    lap(LAP_NORM);
+static void norm_backward(Model* m, int l, int branch, float* dx, const float* dout, const float* x,
+                          const float* dskip, float scale) {
+    const Branch* b = &BRANCHES[branch];
+    layernorm_backward(dx, grad(m, l, b->gain), grad(m, l, b->bias), dout, x, buffer(m, l, b->mean, 0),
+                       buffer(m, l, b->rstd, 0), param(m, l, b->gain), dskip, m->a, scale, m->rows,
+                       m->c.width, m->hidden->stream);
 }
 
 static void hidden_forward(Model* m, int l, int kind, float* y, const float* x, long N) {
     const Tensor* t = tensor(m, l, kind);
-    stat_record(m, stat_row(m, l, kind), t->name, 0, x, N * t->cols, m->hidden->operand);
-    stat_record(m, stat_row(m, l, kind), t->name, 1, param(m, l, kind), t->rows * t->cols, m->hidden->operand);
-    linear_forward(y, x, param(m, l, kind), t->alpha, m->hidden, N, t->cols, t->rows);
+    const float* w = param(m, l, kind);
+    stat_record(m, stat_row(m, l, kind), t->name, 0, x, N * t->cols, t->operand);
+    stat_record(m, stat_row(m, l, kind), t->name, 1, w, t->rows * t->cols, t->operand);
+    linear_forward(y, x, w, t->alpha, m->hidden, N, t->cols, t->rows);
     lap(LAP_LINEAR);
 }
 static void hidden_backward(Model* m, int l, int kind, float* dx, const float* dy, const float* x) {
     const Tensor* t = tensor(m, l, kind);
+    const float* w = param(m, l, kind);
     stat_record(m, stat_row(m, l, kind), t->name, 2, dy, m->rows * t->rows, m->hidden->gradient);
-    linear_backward(dx, grad(m, l, kind), dy, x, param(m, l, kind), t->alpha, m->hidden, m->rows, t->cols, t->rows);
+    linear_backward(dx, grad(m, l, kind), dy, x, w, t->alpha, m->hidden, m->rows, t->cols, t->rows);
     lap(LAP_LINEAR);
 }
 
 // m->inputs (B,T) -> A_LNF, the head's input, for rows t0 .. B*T-1.
 static void model_forward(Model* m, long B, long t0, long T) {
-    const long C = m->c.width, H = m->c.heads, N = B * T - t0;
+    const long C = m->c.width, N = B * T - t0;
     const Format stream = m->hidden->stream;
     lap_last = seconds();
-    embedding_forward(m->buffers[A_X0], m->inputs, param(m, 0, WTE), param(m, 0, WPE), m->scheme->embedding_scale,
-                      B, t0, T, C, stream);
+    embedding_forward(m->buffers[A_X0], m->inputs, param(m, 0, WTE), param(m, 0, WPE),
+                      m->scheme->embedding_scale, B, t0, T, C, stream);
     stat_record(m, 0, "x", 0, m->buffers[A_X0], N * C, stream);
     lap(LAP_EMBED);
-    for (int l = 0; l < m->c.layers; l++) {
-        char name[32];
-        hidden_forward(m, l, QKV, buffer(m, l, A_QKV, t0), branch_begin(m, l, 0, t0, N), N);
-        attention_forward(buffer(m, l, A_Y, 0), buffer(m, l, A_QKV, 0), B, t0, T, C, H, stream);
-        lap(LAP_ATTENTION);
-        hidden_forward(m, l, OUT, buffer(m, l, A_OUT, t0), buffer(m, l, A_Y, t0), N);
-        branch_end(m, l, 0, t0, N);
-
-        hidden_forward(m, l, UP, buffer(m, l, A_UP, t0), branch_begin(m, l, 1, t0, N), N);
-        activation_forward(buffer(m, l, A_G, t0), buffer(m, l, A_UP, t0), (Activation)m->c.activation, N * 4 * C, stream);
-        lap(LAP_ACTIVATION);
-        hidden_forward(m, l, DOWN, buffer(m, l, A_DOWN, t0), buffer(m, l, A_G, t0), N);
-        branch_end(m, l, 1, t0, N);
-        snprintf(name, sizeof name, "h.%d.x", l);
-        stat_record(m, 5 * (l + 1), name, 0, buffer(m, l, A_X, t0), N * C, stream);
+    for (int i = 0; i < 2 * m->c.layers; i++) {
+        const int l = i / 2, mlp = i % 2;
+        const Branch* b = &BRANCHES[mlp];
+        const float* x = stream_before(m, l, mlp, t0);
+        float *wide = buffer(m, l, b->wide, t0), *inner = buffer(m, l, b->inner, t0);
+        float *last = buffer(m, l, b->last, t0), *out = buffer(m, l, b->out, t0);
+        if (!m->scheme->norm_last) norm_forward(m, l, mlp, buffer(m, l, b->norm, t0), x, NULL, t0, N);
+        lap(LAP_NORM);
+        hidden_forward(m, l, b->first, wide, branch_input(m, l, mlp, t0), N);
+        if (mlp) activation_forward(inner, wide, (Activation)m->c.activation, N * 4 * C, stream);
+        else attention_forward(buffer(m, l, A_Y, 0), buffer(m, l, A_QKV, 0), B, t0, T, C, m->c.heads, stream);
+        lap(mlp ? LAP_ACTIVATION : LAP_ATTENTION);
+        hidden_forward(m, l, b->second, last, inner, N);
+        if (m->scheme->norm_last) norm_forward(m, l, mlp, out, last, x, t0, N);
+        else weighted_sum(out, m->a, x, m->b, last, N * C, stream);
+        lap(LAP_NORM);
+        if (mlp) stat_record(m, 5 * (l + 1), form("h.%d.x", l), 0, out, N * C, stream);
     }
-    layernorm_forward(buffer(m, 0, A_LNF, t0), buffer(m, 0, A_MEANF, t0), buffer(m, 0, A_RSTDF, t0),
-                      buffer(m, m->c.layers - 1, A_X, t0), param(m, 0, LNF_GAIN), param(m, 0, LNF_BIAS), NULL, 0.0f, 1.0f,
-                      N, C, stream);
+    const float* x = stream_before(m, m->c.layers, 0, t0);
+    norm_forward(m, 0, FINAL, buffer(m, 0, A_LNF, t0), x, NULL, t0, N);
     lap(LAP_NORM);
 }
 
 // logits = (1/C) LNf(x) W_head^T ([µS] table 2; sp: no 1/C) for N rows from `row`. W_head is not tied to wte.
 static void model_logits(Model* m, long row, long N) {
     const Tensor* t = tensor(m, 0, HEAD);
+    const long C = m->c.width, V = m->c.vocab;
     const Format f = m->head->operand;
     const float *x = buffer(m, 0, A_LNF, row), *w = param(m, 0, HEAD);
-    stat_record(m, stat_row(m, 0, HEAD), t->name, 0, x, N * t->cols, f);
-    stat_record(m, stat_row(m, 0, HEAD), t->name, 1, w, m->c.vocab * t->cols, f);
-    matmul(buffer(m, 0, A_LOGITS, row), m->vp, view(x, t->cols, 1, f), view(w, t->cols, 1, f), N, m->c.vocab, t->cols,
-           t->alpha, 0, m->head->stream);
+    stat_record(m, stat_row(m, 0, HEAD), t->name, 0, x, N * C, f);
+    stat_record(m, stat_row(m, 0, HEAD), t->name, 1, w, V * C, f);
+    matmul(buffer(m, 0, A_LOGITS, row), m->vp, view(x, C, 1, f), view(w, C, 1, f), N, V, C, t->alpha, 0,
+           m->head->stream);
     lap(LAP_HEAD);
 }
 
@@ -903,8 +886,8 @@ static double model_loss(Model* m, int want_gradient) {
     double sum = 0;
     model_forward(m, m->c.batch, 0, m->c.seq);
     model_logits(m, 0, m->rows);
-    loss_forward_backward(m->buffers[A_LOSSES], m->buffers[A_LOGITS], m->targets, want_gradient, m->loss_scale, m->rows,
-                          m->c.vocab, m->vp, m->head->stream);
+    loss_forward_backward(m->buffers[A_LOSSES], m->buffers[A_LOGITS], m->targets, want_gradient,
+                          m->loss_scale, m->rows, m->c.vocab, m->vp, m->head->stream);
     lap(LAP_LOSS);
     for (long n = 0; n < m->rows; n++) sum += m->buffers[A_LOSSES][n];
     return sum / (double)m->rows;
@@ -912,41 +895,41 @@ static double model_loss(Model* m, int want_gradient) {
 
 // Adds S times the gradient of the last model_loss(m, 1) to m->grads.
 static void model_backward(Model* m) {
-    const long C = m->c.width, V = m->c.vocab, N = m->rows;
+    const long B = m->c.batch, T = m->c.seq, C = m->c.width, V = m->c.vocab, N = m->rows;
     const Format stream = m->hidden->stream, f = m->head->gradient;
     float *dlogits = m->buffers[A_LOGITS], *dx = m->buffers[D_X], *dbranch = m->buffers[D_BRANCH];
-    float *dinput = m->buffers[D_INPUT], *dwide = m->buffers[D_WIDE], *lnf = m->buffers[A_LNF];
+    float *dinput = m->buffers[D_INPUT], *dwide = m->buffers[D_WIDE];
+    const float *lnf = m->buffers[A_LNF], *head = param(m, 0, HEAD);
     // dlogits lacks 1/N and both matmuls of the head lack alpha: that is the static scale S = N / alpha.
     stat_record(m, stat_row(m, 0, HEAD), "head", 2, dlogits, N * m->vp, f);
-    matmul(dbranch, C, view(dlogits, m->vp, 1, f), view(param(m, 0, HEAD), 1, C, f), N, C, V, 1.0f, 0, stream);
+    matmul(dbranch, C, view(dlogits, m->vp, 1, f), view(head, 1, C, f), N, C, V, 1.0f, 0, stream);
     matmul(grad(m, 0, HEAD), C, view(dlogits, 1, m->vp, f), view(lnf, 1, C, f), V, C, N, 1.0f, 1, FP32);
     lap(LAP_HEAD);
-    layernorm_backward(dx, grad(m, 0, LNF_GAIN), grad(m, 0, LNF_BIAS), dbranch, buffer(m, m->c.layers - 1, A_X, 0),
-                       m->buffers[A_MEANF], m->buffers[A_RSTDF], param(m, 0, LNF_GAIN), NULL, 0.0f, 1.0f, N, C, stream);
+    norm_backward(m, 0, FINAL, dx, dbranch, stream_before(m, m->c.layers, 0, 0), NULL, 1.0f);
     lap(LAP_NORM);
-    for (int l = m->c.layers - 1; l >= 0; l--) {
-        branch_end_backward(m, l, 1);
-        hidden_backward(m, l, DOWN, dwide, dbranch, buffer(m, l, A_G, 0));
-        activation_backward(dwide, dwide, buffer(m, l, A_UP, 0), (Activation)m->c.activation, N * 4 * C, stream);
-        lap(LAP_ACTIVATION);
-        hidden_backward(m, l, UP, dinput, dwide, branch_input(m, l, 1, 0));
-        branch_begin_backward(m, l, 1);
-
-        branch_end_backward(m, l, 0);
-        hidden_backward(m, l, OUT, dinput, dbranch, buffer(m, l, A_Y, 0));
-        attention_backward(dwide, dinput, buffer(m, l, A_QKV, 0), m->c.batch, m->c.seq, C, m->c.heads, stream);
-        lap(LAP_ATTENTION);
-        hidden_backward(m, l, QKV, dinput, dwide, branch_input(m, l, 0, 0));
-        branch_begin_backward(m, l, 0);
+    for (int i = 2 * m->c.layers - 1; i >= 0; i--) {
+        const int l = i / 2, mlp = i % 2;
+        const Branch* b = &BRANCHES[mlp];
+        if (m->scheme->norm_last) norm_backward(m, l, mlp, dbranch, dx, buffer(m, l, b->last, 0), NULL, m->b);
+        else weighted_sum(dbranch, m->b, dx, 0.0f, dx, N * C, stream);
+        lap(LAP_NORM);
+        float* dinner = mlp ? dwide : dinput;
+        hidden_backward(m, l, b->second, dinner, dbranch, buffer(m, l, b->inner, 0));
+        const float* wide = buffer(m, l, b->wide, 0);
+        if (mlp) activation_backward(dwide, dinner, wide, (Activation)m->c.activation, N * 4 * C, stream);
+        else attention_backward(dwide, dinner, wide, B, T, C, m->c.heads, stream);
+        lap(mlp ? LAP_ACTIVATION : LAP_ATTENTION);
+        hidden_backward(m, l, b->first, dinput, dwide, branch_input(m, l, mlp, 0));
+        if (m->scheme->norm_last) weighted_sum(dx, m->a, dx, 1.0f, dinput, N * C, stream);
+        else norm_backward(m, l, mlp, dx, dinput, stream_before(m, l, mlp, 0), dx, 1.0f);
+        lap(LAP_NORM);
     }
-    embedding_backward(grad(m, 0, WTE), grad(m, 0, WPE), dx, m->inputs, m->scheme->embedding_scale, m->c.batch,
-                       m->c.seq, C);
+    embedding_backward(grad(m, 0, WTE), grad(m, 0, WPE), dx, m->inputs, m->scheme->embedding_scale, B, T, C);
     lap(LAP_EMBED);
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// Optimizers and schedule. Both see S times the gradient: Lion uses signs only, AdamW's epsilon is multiplied
-// by S.
+// ---- Optimizers and schedule ---------------------------------------------------------------------------
+// Both see S times the gradient: Lion takes its sign, AdamW multiplies epsilon by S.
 
 // Learning rate of step s = 1, 2, ...: linear warm-up, then a cosine to 10 % of the peak at the last step.
 static double learning_rate(const Config* c, long s) {
@@ -967,8 +950,10 @@ static void lion_update(float* w, float* m, const float* g, long n, float lr, fl
     }
 }
 // AdamW (Loshchilov, Hutter 2019), bias-corrected; s counts from 1.
-static void adamw_update(float* w, float* m, float* v, const float* g, long n, float lr, float decay, float eps, long s) {
-    const float b1 = 0.9f, b2 = 0.95f, c1 = (float)(1.0 - pow(0.9, (double)s)), c2 = (float)(1.0 - pow(0.95, (double)s));
+static void adamw_update(float* w, float* m, float* v, const float* g, long n, float lr, float decay,
+                         float eps, long s) {
+    const float b1 = 0.9f, b2 = 0.95f;
+    const float c1 = (float)(1.0 - pow(0.9, (double)s)), c2 = (float)(1.0 - pow(0.95, (double)s));
     #pragma omp parallel for simd schedule(static)
     for (long i = 0; i < n; i++) {
         m[i] = b1 * m[i] + (1.0f - b1) * g[i];
@@ -983,11 +968,12 @@ static void model_update(Model* m, double lr) {
     lap_last = seconds();
     for (int i = 0; i < m->num_tensors; i++) {
         const Tensor* t = &m->tensors[i];
-        long o = t->offset, n = t->rows * t->cols;
-        float rate = (float)lr * t->lr_factor, decay = t->kind->decays ? m->c.decay * (float)(lr / m->c.lr) : 0.0f;
-        if (m->v) adamw_update(m->params + o, m->m + o, m->v + o, m->grads + o, n, rate, decay,
-                               (float)(1e-8 * m->grad_scale), m->step + 1);
-        else lion_update(m->params + o, m->m + o, m->grads + o, n, rate, decay);
+        const long n = t->rows * t->cols;
+        float *w = m->params + t->offset, *g = m->grads + t->offset, *m1 = m->m + t->offset;
+        float rate = (float)lr * t->lr_factor, eps = (float)(1e-8 * m->grad_scale);
+        float decay = t->kind->decays ? m->c.decay * (float)(lr / m->c.lr) : 0.0f;
+        if (m->v) adamw_update(w, m1, m->v + t->offset, g, n, rate, decay, eps, m->step + 1);
+        else lion_update(w, m1, g, n, rate, decay);
     }
     lap(LAP_UPDATE);
 }
@@ -1015,10 +1001,9 @@ static double gradient_norm(const Model* m, const Tensor** bad) {
     return sqrt(total) / m->grad_scale;
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// Data: the bytes of any file, or shards of GPT-2 tokens in llm.c's format: int32[256] header (magic,
-// version, count), then uint16 tokens. Files are mapped, not read.
-
+// ---- Data ----------------------------------------------------------------------------------------------
+// The bytes of any file, or shards of GPT-2 tokens in llm.c's format: int32[256] header (magic, version,
+// count), then uint16 tokens. Files are mapped, not read.
 enum { SHARD_MAGIC = 20240520, TOKENIZER_MAGIC = 20240328, BYTES_VOCAB = 256, GPT2_VOCAB = 50257 };
 
 // The whole file, read-only. Ends the program if it is not a regular file with something in it.
@@ -1040,13 +1025,13 @@ static uint32_t read_u32(const uint8_t* p) {
 
 typedef struct { const uint8_t* p; long count; const char* path; } Shard;
 typedef struct { Shard* shards; int num_shards, bytes_per_token; long count; } Tokens;
-typedef struct { const Tokens* tokens; long start, count; } Split;  // a range of them: to train on, to validate
+typedef struct { const Tokens* tokens; long start, count; } Split;  // a range of them
 
 // Opens a text file as bytes, a .bin shard, or all the shards that a glob pattern names.
 static void tokens_open(Tokens* t, const char* pattern) {
     glob_t found;
     memset(t, 0, sizeof *t);
-    if (glob(pattern, GLOB_NOMAGIC, NULL, &found) != 0 || found.gl_pathc == 0) die("no file matches %s", pattern);
+    if (glob(pattern, GLOB_NOMAGIC, NULL, &found) != 0 || !found.gl_pathc) die("no file matches %s", pattern);
     t->num_shards = (int)found.gl_pathc;
     t->shards = (Shard*)alloc(sizeof(Shard) * (double)t->num_shards);
     for (int i = 0; i < t->num_shards; i++) {
@@ -1054,7 +1039,8 @@ static void tokens_open(Tokens* t, const char* pattern) {
         const char *path = t->shards[i].path = strdup(found.gl_pathv[i]), *dot = strrchr(path, '.');
         const uint8_t* p = map_file(path, "data file", &size);
         int width = size >= 4 && read_u32(p) == SHARD_MAGIC ? 2 : 1;
-        if (width == 1 && dot && strcmp(dot, ".bin") == 0) die("%s is not a token shard of llm.c's format", path);
+        if (width == 1 && dot && strcmp(dot, ".bin") == 0)
+            die("%s is not a token shard of llm.c's format", path);
         if (width == 2 && (size < 1024 || read_u32(p + 4) != 1 || size != 1024 + 2L * read_u32(p + 8)))
             die("token shard %s is damaged: version or token count do not fit its %ld bytes", path, size);
         if (i > 0 && width != t->bytes_per_token) die("%s mixes token shards and other files", pattern);
@@ -1073,17 +1059,18 @@ static void tokens_read(const Split* s, long start, long T, int* inputs, int* ta
     while (at >= shard->count) at -= shard++->count;
     for (long i = 0; i <= T; i++, at++) {
         while (at == shard->count) shard++, at = 0;
-        int token = s->tokens->bytes_per_token == 1 ? shard->p[at] : shard->p[2 * at] | shard->p[2 * at + 1] << 8;
-        if (token >= GPT2_VOCAB) die("%s holds token %d at %ld: GPT-2's end at 50256", shard->path, token, at);
+        const uint8_t* p = shard->p + at * s->tokens->bytes_per_token;
+        int token = s->tokens->bytes_per_token == 1 ? *p : p[0] | p[1] << 8;
+        if (token >= GPT2_VOCAB)
+            die("%s holds token %d at %ld: GPT-2's end at 50256", shard->path, token, at);
         if (i < T) inputs[i] = token;
         if (i > 0) targets[i - 1] = token;
     }
 }
 
 // Where training sequence number `sequence` starts. An epoch cuts the text into n windows of T from a random
-// offset and visits them in a random order; both follow from seed and epoch, so that a run can be resumed
-// anywhere. The order is a four-round Feistel permutation of the next even number of bits, repeated until it
-// lands below n.
+// offset and visits them in a random order; both follow from seed and epoch: a run can be resumed anywhere.
+// The order is a four-round Feistel permutation of an even number of bits, repeated until it lands below n.
 static long window_start(uint64_t seed, long sequence, long count, long T) {
     long n = count < 2 * T ? 1 : (count - T) / T, epoch = sequence / n;
     uint64_t stream = stream_of("epoch") + (uint64_t)epoch, x = (uint64_t)(sequence % n);
@@ -1092,8 +1079,10 @@ static long window_start(uint64_t seed, long sequence, long count, long T) {
     while (1L << 2 * half < n) half++;
     uint64_t mask = (1ull << half) - 1;
     do {
-        for (uint64_t round = 1; round <= 4; round++)
-            x = (x & mask) << half | ((x >> half) ^ (random_u64(seed, stream, round << 40 | (x & mask)) & mask));
+        for (uint64_t round = 1; round <= 4; round++) {
+            uint64_t right = x & mask, key = random_u64(seed, stream, round << 40 | right) & mask;
+            x = right << half | ((x >> half) ^ key);
+        }
     } while (x >= (uint64_t)n);
     return offset + (long)x * T;
 }
@@ -1106,28 +1095,31 @@ static void next_batch(Model* m, const Split* train) {
     }
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// safetensors (github.com/huggingface/safetensors): 8-byte little-endian length of a JSON header, the header,
-// raw tensors. An Archive is what such a file holds. The reader trusts nothing.
-
+// ---- safetensors ---------------------------------------------------------------------------------------
+// github.com/huggingface/safetensors: 8-byte little-endian length of a JSON header, the header, raw tensors.
+// An Archive is what such a file holds; begin and end are offsets behind the header.
 typedef struct { char name[64], dtype[8]; int dims; long shape[4], begin, end; const void* data; } Entry;
 typedef struct { char key[64], value[1024]; } Pair;
 typedef struct { Entry* entries; int num_entries, num_meta; Pair meta[64]; const char* path; } Archive;
 
-// Adds a tensor of 1 to 3 dimensions; dimensions that are 0 are left out.
-static Entry* archive_add(Archive* a, const char* prefix, const char* name, const char* dtype, const void* data, long d0,
-                          long d1, long d2) {
+static Entry* archive_entry(Archive* a, const char* name) {
     a->entries = (Entry*)realloc(a->entries, sizeof(Entry) * (size_t)(a->num_entries + 1));
     if (!a->entries) die("out of memory");
     Entry* e = &a->entries[a->num_entries++];
     memset(e, 0, sizeof *e);
-    snprintf(e->name, sizeof e->name, "%s%s", prefix, name);
+    snprintf(e->name, sizeof e->name, "%s", name);
+    return e;
+}
+// Adds a tensor of 1 to 3 dimensions to write; dimensions that are 0 are left out.
+static void archive_add(Archive* a, const char* name, const char* dtype, const void* data, long d0, long d1,
+                        long d2) {
+    Entry* e = archive_entry(a, name);
     snprintf(e->dtype, sizeof e->dtype, "%s", dtype);
     e->data = data;
     e->dims = d2 ? 3 : d1 ? 2 : 1;
     e->shape[0] = d0, e->shape[1] = d1, e->shape[2] = d2;
-    e->end = 4 * d0 * (d1 ? d1 : 1) * (d2 ? d2 : 1);
-    return e;
+    e->begin = a->num_entries > 1 ? e[-1].end : 0;
+    e->end = e->begin + 4 * d0 * (d1 ? d1 : 1) * (d2 ? d2 : 1);
 }
 static void archive_meta(Archive* a, const char* key, const char* value) {
     if (a->num_meta == 64) die("more than 64 entries of metadata in %s", a->path);
@@ -1140,14 +1132,14 @@ static const char* archive_get(const Archive* a, const char* key) {
 }
 // Data of the F32 tensor `name` of this shape (a vector has 1 row); ends the program if it is not there.
 static const void* archive_find(const Archive* a, const char* name, long rows, long cols) {
-    for (int i = 0; i < a->num_entries; i++) {
-        const Entry* e = &a->entries[i];
-        if (strcmp(e->name, name) != 0) continue;
-        int fits = e->dims == 2 ? e->shape[0] == rows && e->shape[1] == cols : e->dims == 1 && e->shape[0] == rows * cols;
-        if (!fits || strcmp(e->dtype, "F32") != 0) die("%s: %s is not F32 of %ld x %ld", a->path, name, rows, cols);
-        return e->data;
-    }
-    die("%s has no tensor %s", a->path, name);
+    const Entry* e = a->entries;
+    while (e < a->entries + a->num_entries && strcmp(e->name, name) != 0) e++;
+    if (e == a->entries + a->num_entries) die("%s has no tensor %s", a->path, name);
+    int matrix = e->dims == 2 && e->shape[0] == rows && e->shape[1] == cols;
+    int vector = e->dims == 1 && e->shape[0] == rows * cols;
+    if (!(matrix || vector) || strcmp(e->dtype, "F32") != 0)
+        die("%s: %s is not F32 of %ld x %ld", a->path, name, rows, cols);
+    return e->data;
 }
 
 static void json_write(FILE* f, const char* before, const char* s) {
@@ -1155,13 +1147,10 @@ static void json_write(FILE* f, const char* before, const char* s) {
     for (; *s; s++) fprintf(f, strchr("\"\\", *s) ? "\\%c" : (uint8_t)*s < 32 ? "\\u%04x" : "%c", *s);
     fputc('"', f);
 }
-
-// Writes to a temporary file, syncs, renames: a crash or a full disk never costs the file that was there
-// before.
+// To a temporary file, synced, then renamed: a crash or a full disk never costs the file that was there.
 static void archive_write(const Archive* a, const char* path) {
-    char temporary[4096], *header = NULL, *slash;
+    char *temporary = form("%s.tmp", path), *header = NULL, *slash;
     size_t length = 0;
-    long offset = 0;
     FILE* h = open_memstream(&header, &length);
     fprintf(h, "{\"__metadata__\":");
     for (int i = 0; i < a->num_meta; i++) {
@@ -1173,21 +1162,18 @@ static void archive_write(const Archive* a, const char* path) {
         json_write(h, i ? "]}," : "},", e->name);
         fprintf(h, ":{\"dtype\":\"%s\",\"shape\":[", e->dtype);
         for (int d = 0; d < e->dims; d++) fprintf(h, d ? ",%ld" : "%ld", e->shape[d]);
-        fprintf(h, "],\"data_offsets\":[%ld,%ld", offset, offset + e->end);
-        offset += e->end;
+        fprintf(h, "],\"data_offsets\":[%ld,%ld", e->begin, e->end);
     }
     fprintf(h, "]}}");
     while ((ftell(h) + 8) % 64) fputc(' ', h);  // the data begins on a cache line
     fclose(h);
-    snprintf(temporary, sizeof temporary, "%s.tmp", path);
     FILE* f = fopen(temporary, "wb");
     if (!f) die("cannot write %s: %s", temporary, strerror(errno));
-    int good = 1;
-    for (int i = 0; i < 8; i++) good = good && fputc((int)((uint64_t)length >> 8 * i & 255), f) != EOF;
-    good = good && fwrite(header, 1, length, f) == length;
+    for (int i = 0; i < 64; i += 8) fputc((int)((uint64_t)length >> i & 255), f);
+    fwrite(header, 1, length, f);
     for (int i = 0; i < a->num_entries; i++)
-        good = good && fwrite(a->entries[i].data, 1, (size_t)a->entries[i].end, f) == (size_t)a->entries[i].end;
-    good = good && fflush(f) == 0 && fsync(fileno(f)) == 0;
+        fwrite(a->entries[i].data, 1, (size_t)(a->entries[i].end - a->entries[i].begin), f);
+    int good = fflush(f) == 0 && !ferror(f) && fsync(fileno(f)) == 0;
     good = fclose(f) == 0 && good && rename(temporary, path) == 0;
     free(header);
     if (!good) {
@@ -1200,128 +1186,135 @@ static void archive_write(const Archive* a, const char* path) {
     if (dir >= 0) fsync(dir), close(dir);
 }
 
-// A reader for the JSON that such a header may hold, and no more. json_more(j, n, close) says whether a list
-// or object of which n members are read has another.
-typedef struct { const char *p, *end, *path; } Json;
+// A reader for the JSON that such a header may hold, and no more. It trusts nothing.
+typedef struct { const char *p, *path; } Json;
 __attribute__((noreturn)) static void json_die(const Json* j, const char* what) {
     die("%s is not a good safetensors file: %s", j->path, what);
 }
+static void json_space(Json* j) { j->p += strspn(j->p, " \n\r\t"); }
 static int json_accept(Json* j, char c) {
-    while (j->p < j->end && (*j->p == ' ' || *j->p == '\n' || *j->p == '\r' || *j->p == '\t')) j->p++;
-    return j->p < j->end && *j->p == c ? (j->p++, 1) : 0;
+    json_space(j);
+    return *j->p == c ? (j->p++, 1) : 0;
 }
-static void json_expect(Json* j, char c) { if (!json_accept(j, c)) json_die(j, "its header is not the JSON expected"); }
+static void json_expect(Json* j, char c) {
+    if (!json_accept(j, c)) json_die(j, "its header is not the JSON expected");
+}
+// Whether a list or object of which n members are read has another; `close` ends it.
 static int json_more(Json* j, int n, char close) {
     if (json_accept(j, close)) return 0;
     if (n > 0) json_expect(j, ',');
     return 1;
 }
-static char json_escape(Json* j) {  // behind the backslash; of \uXXXX only ASCII
-    char hex[5] = "", c = j->p < j->end ? *j->p++ : 0, *end = hex;
-    if (c != 'u') { if (c == '"' || c == '\\' || c == '/') return c; }
-    else if (j->end - j->p >= 4) memcpy(hex, j->p, 4), j->p += 4;
-    long code = strtol(hex, &end, 16);
-    if (end != hex + 4 || code < 1 || code > 127) json_die(j, "a string in its header has an escape not supported");
-    return (char)code;
-}
 static void json_string(Json* j, char* to, size_t size) {
     size_t n = 0;
-    for (json_expect(j, '"'); ; n++) {
-        if (j->p == j->end || n == size) json_die(j, "a string in its header is too long or does not end");
+    for (json_expect(j, '"'); *j->p != '"'; n++) {
+        if (!*j->p || n == size - 1) json_die(j, "a string in its header is too long or does not end");
         to[n] = *j->p++;
-        if (to[n] == '"') break;
-        if (to[n] == '\\') to[n] = json_escape(j);
+        if (to[n] != '\\') continue;
+        unsigned code = 0;
+        int used = 1, hex = *j->p == 'u' && sscanf(j->p, "u%4x%n", &code, &used) == 1 && used == 5;
+        if (!hex) code = *j->p && strchr("\"\\/", *j->p) ? (unsigned)*j->p : 0;
+        if (code < 1 || code > 127) json_die(j, "a string in its header has an escape not supported");
+        to[n] = (char)code;
+        j->p += used;
     }
     to[n] = 0;
+    j->p++;
+}
+static int json_member(Json* j, int n, char* key, size_t size) {  // json_more of an object, up to the value
+    if (!json_more(j, n, '}')) return 0;
+    json_string(j, key, size);
+    json_expect(j, ':');
+    return 1;
 }
 static int json_counts(Json* j, long* to, int most) {
     int n = 0;
     for (json_expect(j, '['); json_more(j, n, ']'); n++) {
+        char* end;
         if (n == most) json_die(j, "a list in its header is too long");
-        json_accept(j, ' ');
-        if (j->p == j->end || *j->p < '0' || *j->p > '9') json_die(j, "its header has a number that is not a count");
-        for (to[n] = 0; j->p < j->end && *j->p >= '0' && *j->p <= '9'; j->p++) {
-            if (to[n] > 1L << 56) json_die(j, "a number in its header is too large");
-            to[n] = 10 * to[n] + (*j->p - '0');
-        }
+        json_space(j);
+        if (!isdigit((uint8_t)*j->p)) json_die(j, "its header has a number that is not a count");
+        to[n] = strtol(j->p, &end, 10);
+        if (to[n] > 1L << 56) json_die(j, "a number in its header is too large");
+        j->p = end;
     }
     return n;
 }
 static void json_tensor(Json* j, Entry* e, const uint8_t* data, long size) {
+    static const char* const properties[] = {"dtype", "shape", "data_offsets"};
     char key[32];
-    long offsets[2];
+    long offsets[2], bytes = 4;
     int seen = 0;
     json_expect(j, '{');
-    for (int n = 0; json_more(j, n, '}'); n++) {
-        json_string(j, key, sizeof key);
-        json_expect(j, ':');
-        int field = strcmp(key, "dtype") == 0 ? 1 : strcmp(key, "shape") == 0 ? 2 : strcmp(key, "data_offsets") == 0 ? 4 : 0;
-        if (!field || seen & field) json_die(j, "a tensor has an unknown or repeated property");
-        seen |= field;
-        if (field == 1) json_string(j, e->dtype, sizeof e->dtype);
-        if (field == 2) e->dims = json_counts(j, e->shape, 4);
-        if (field == 4 && json_counts(j, offsets, 2) != 2) json_die(j, "a tensor's offsets are not two numbers");
+    for (int n = 0, k; json_member(j, n, key, sizeof key); n++) {
+        for (k = 0; k < 3 && strcmp(key, properties[k]) != 0; k++) {}
+        if (k == 3 || seen & 1 << k) json_die(j, "a tensor has an unknown or repeated property");
+        seen |= 1 << k;
+        if (k == 0) json_string(j, e->dtype, sizeof e->dtype);
+        if (k == 1) e->dims = json_counts(j, e->shape, 4);
+        if (k == 2 && json_counts(j, offsets, 2) != 2) json_die(j, "a tensor's offsets are not two numbers");
     }
     if (seen != 7) json_die(j, "a tensor lacks dtype, shape or offsets");
-    if (strcmp(e->dtype, "F32") != 0 && strcmp(e->dtype, "I32") != 0) json_die(j, "a tensor is neither F32 nor I32");
-    long bytes = 4;
-    for (int i = 0; i < e->dims; i++) {
-        if (e->shape[i] > 0 && bytes > size / e->shape[i]) json_die(j, "a tensor is larger than the file (is it cut off?)");
-        bytes *= e->shape[i];
-    }
+    if (strcmp(e->dtype, "F32") != 0 && strcmp(e->dtype, "I32") != 0)
+        json_die(j, "a tensor is neither F32 nor I32");
+    for (int i = 0; i < e->dims; bytes *= e->shape[i++])
+        if (e->shape[i] > 0 && bytes > size / e->shape[i])
+            json_die(j, "a tensor is larger than the file (is it cut off?)");
     e->begin = offsets[0];
     e->end = offsets[1];
     if (e->begin > e->end || e->end > size) json_die(j, "a tensor lies outside the file (is it cut off?)");
     if (e->end - e->begin != bytes) json_die(j, "a tensor's offsets do not fit its shape");
     e->data = data + e->begin;
 }
-static int by_offset(const void* a, const void* b) {
+static int by_place(const void* a, const void* b) {  // by the middle: an empty tensor finds its place too
     const Entry *x = (const Entry*)a, *y = (const Entry*)b;
-    return x->begin != y->begin ? (x->begin > y->begin) - (x->begin < y->begin) : (x->end > y->end) - (x->end < y->end);
+    return (x->begin + x->end > y->begin + y->end) - (x->begin + x->end < y->begin + y->end);
 }
-static int by_name(const void* a, const void* b) { return strcmp(((const Entry*)a)->name, ((const Entry*)b)->name); }
+static int by_name(const void* a, const void* b) {
+    return strcmp(((const Entry*)a)->name, ((const Entry*)b)->name);
+}
 
 static void archive_read(Archive* a, const char* path) {
-    long size, length, at = 0;
+    char name[64], value[1024];
+    long size, at = 0;
     const uint8_t* file = map_file(path, "safetensors file", &size);
-    Json j = {(const char*)file + 8, NULL, path};
+    uint64_t length = size < 8 ? 0 : read_u32(file) | (uint64_t)read_u32(file + 4) << 32;
+    Json j = {NULL, path};
     memset(a, 0, sizeof *a);
     a->path = path;
-    length = size < 8 ? 0 : (long)(read_u32(file) | (uint64_t)read_u32(file + 4) << 32);
-    if (length < 2 || length > size - 8 || length > 100000000) json_die(&j, "its header's length is impossible");
-    j.end = j.p + length;
+    if (length < 2 || length > 100000000 || (long)length > size - 8)
+        json_die(&j, "its header's length is impossible");
+    char* header = strndup((const char*)file + 8, (size_t)length);
+    if (!header) die("out of memory");
+    j.p = header;
+    size -= 8 + (long)length;
     json_expect(&j, '{');
-    for (int n = 0; json_more(&j, n, '}'); n++) {
-        char name[64], value[1024];
-        json_string(&j, name, sizeof name);
-        json_expect(&j, ':');
+    for (int n = 0; json_member(&j, n, name, sizeof name); n++) {
         if (strcmp(name, "__metadata__") != 0) {
-            json_tensor(&j, archive_add(a, "", name, "", NULL, 0, 0, 0), file + 8 + length, size - 8 - length);
+            json_tensor(&j, archive_entry(a, name), file + 8 + length, size);
             continue;
         }
         json_expect(&j, '{');
-        for (int k = 0; json_more(&j, k, '}'); k++) {
-            json_string(&j, name, sizeof name);
-            json_expect(&j, ':');
+        for (int k = 0; json_member(&j, k, name, sizeof name); k++) {
             json_string(&j, value, sizeof value);
             if (archive_get(a, name)) json_die(&j, "a key of its metadata is there twice");
             archive_meta(a, name, value);
         }
     }
-    json_accept(&j, ' ');
-    if (j.p != j.end) json_die(&j, "there is something behind its header's end");
-    qsort(a->entries, (size_t)a->num_entries, sizeof(Entry), by_offset);
+    json_space(&j);
+    if (j.p != header + length) json_die(&j, "there is something behind its header's end");
+    free(header);
+    if (a->num_entries) qsort(a->entries, (size_t)a->num_entries, sizeof(Entry), by_place);
     for (int i = 0; i < a->num_entries; at = a->entries[i++].end)
         if (a->entries[i].begin != at) json_die(&j, "its tensors overlap or leave gaps");
-    if (at != size - 8 - length) json_die(&j, "its length does not fit its tensors");
-    qsort(a->entries, (size_t)a->num_entries, sizeof(Entry), by_name);
+    if (at != size) json_die(&j, "its length does not fit its tensors");
+    if (a->num_entries) qsort(a->entries, (size_t)a->num_entries, sizeof(Entry), by_name);
     for (int i = 1; i < a->num_entries; i++)
-        if (strcmp(a->entries[i].name, a->entries[i - 1].name) == 0) json_die(&j, "a tensor's name is there twice");
+        if (by_name(&a->entries[i], &a->entries[i - 1]) == 0) json_die(&j, "a tensor's name is there twice");
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// Text: a byte is its own token; GPT-2's tokens need llm.c's tokenizer file, which data/tokenize.py writes.
-
+// ---- Text ----------------------------------------------------------------------------------------------
+// A byte is its own token; GPT-2's tokens need llm.c's tokenizer file, which data/tokenize.py writes.
 typedef struct { int vocab, end; const uint8_t* bytes[65536]; int length[65536]; } Text;
 
 static void text_open(Text* t, const char* path) {  // path NULL: bytes
@@ -1329,11 +1322,16 @@ static void text_open(Text* t, const char* path) {  // path NULL: bytes
     long size, at = 1024;
     t->vocab = BYTES_VOCAB;
     t->end = '\n';
-    for (int i = 0; i < BYTES_VOCAB; i++) identity[i] = (uint8_t)i, t->bytes[i] = identity + i, t->length[i] = 1;
+    for (int i = 0; i < BYTES_VOCAB; i++) {
+        identity[i] = (uint8_t)i;
+        t->bytes[i] = identity + i;
+        t->length[i] = 1;
+    }
     if (!path) return;
     const uint8_t* p = map_file(path, "tokenizer", &size);
     if (size < 1024 || read_u32(p) != TOKENIZER_MAGIC || read_u32(p + 4) != 2 || read_u32(p + 8) > 65536 ||
-        read_u32(p + 12) >= read_u32(p + 8)) die("%s is not a tokenizer file of llm.c's format, version 2", path);
+        read_u32(p + 12) >= read_u32(p + 8))
+        die("%s is not a tokenizer file of llm.c's format, version 2", path);
     t->vocab = (int)read_u32(p + 8);
     t->end = (int)read_u32(p + 12);
     for (int i = 0; i < t->vocab; at += 1 + t->length[i++]) {
@@ -1353,12 +1351,12 @@ static void text_print(const Text* t, int token) {
 }
 
 static int text_find(const Text* t, const uint8_t* s, int n) {
-    for (int i = 0; i < t->vocab; i++) if (t->length[i] == n && memcmp(t->bytes[i], s, (size_t)n) == 0) return i;
+    for (int i = 0; i < t->vocab; i++)
+        if (t->length[i] == n && memcmp(t->bytes[i], s, (size_t)n) == 0) return i;
     return -1;
 }
 // Length of the first word as GPT-2 cuts text: a suffix like 's; or letters, digits or other signs, with one
-// space before; or white space, but for the space that belongs to the next word. Exact for ASCII; others
-// count as letters.
+// space before; or white space less the space of the next word. Exact for ASCII; the rest count as letters.
 static int text_kind(int c) { return c <= ' ' ? 0 : isalpha(c) || c > 127 ? 1 : isdigit(c) ? 2 : 3; }
 static int text_word(const uint8_t* s, int n) {
     static const char* const suffixes[] = {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"};
@@ -1370,13 +1368,12 @@ static int text_word(const uint8_t* s, int n) {
     while (i < n && text_kind(s[i]) == kind) i++;
     return kind == 0 && i < n && i > 1 ? i - 1 : i;
 }
-// Byte-pair encoding: within a word, merge the neighbours whose union has the lowest id, as long as there are
-// any.
+// Byte-pair encoding: within a word, merge the neighbours whose union has the lowest id, while there are any.
 static int text_encode(const Text* t, const char* string, int* tokens) {
     const uint8_t* s = (const uint8_t*)string;
     int n = (int)strlen(string), count = 0;
     for (int word; n > 0; s += word, n -= word) {
-        int cut[257], parts = word = t->vocab == BYTES_VOCAB ? 1 : (int)min_l(256, text_word(s, n));
+        int cut[257], parts = word = (int)min_l(256, text_word(s, n));
         for (int i = 0; i <= word; i++) cut[i] = i;
         for (; parts > 1; parts--) {
             int best = -1, at = 0;
@@ -1392,179 +1389,184 @@ static int text_encode(const Text* t, const char* string, int* tokens) {
     return count;
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// Command line. One table parses, prints the help, and says what a checkpoint stores and resumes from.
-
+// ---- Command line --------------------------------------------------------------------------------------
+// One table parses, prints the help, and says what a checkpoint stores and resumes from.
 typedef struct {
-    const char *name, *value, *choices;  // name NULL: a heading; value: the default; choices "a|b": the index is stored
-    char type, saved;  // i int, u uint64, f float ("auto": -1), s string, b given or not; m fixed by the model, s a setting
+    const char *name, *value, *choices;  // NULL: a heading; the default; "a|b": stored as an index
+    const char* type;  // i int, u uint64, f float (auto: -1), s string, b flag; then, if a checkpoint stores
+                       // it: m fixed by the model, or s a setting that may change
     size_t offset;
     double low, high;
     const char* help;
 } Option;
 #define AT(field) offsetof(Config, field)
 static const Option OPTIONS[] = {
-    {NULL, 0, 0, 0, 0, 0, 0, 0, "Data"},
-    {"input", "", 0, 's', 's', AT(input), 0, 0, "a text file, read as bytes; or token shards: FILE.bin, or a quoted glob"},
-    {"val", "", 0, 's', 's', AT(val), 0, 0, "the same, to validate on (default: the last 10 % of --input)"},
-    {"tokenizer", "", 0, 's', 's', AT(tokenizer), 0, 0, "of token shards (default: gpt2_tokenizer.bin beside them)"},
-    {NULL, 0, 0, 0, 0, 0, 0, 0, "Model"},
-    {"scheme", "us", "us|sp", 'i', 'm', AT(scheme), 0, 0, "unit scaling, or the standard parametrization"},
-    {"layers", "4", 0, 'i', 'm', AT(layers), 1, 1000, "blocks"},
-    {"width", "256", 0, 'i', 'm', AT(width), 1, 65536, "of the stream"},
-    {"heads", "4", 0, 'i', 'm', AT(heads), 1, 1024, "of attention"},
-    {"seq", "256", 0, 'i', 'm', AT(seq), 1, 1 << 20, "positions of a sequence"},
-    {"activation", "gelu", "gelu|relu|silu", 'i', 'm', AT(activation), 0, 0, "of the mlp"},
-    {"tau", "auto", 0, 'f', 'm', AT(tau), 0, 1, "share of a branch in the stream's variance; auto: by depth"},
-    {NULL, 0, 0, 0, 0, 0, 0, 0, "Training"},
-    {"batch", "4", 0, 'i', 's', AT(batch), 1, 65536, "sequences at a time"},
-    {"accum", "1", 0, 'i', 's', AT(accum), 1, 65536, "batches in one step"},
-    {"steps", "600", 0, 'i', 's', AT(steps), 1, 1e9, "of the optimizer"},
-    {"optimizer", "lion", "lion|adamw", 'i', 'm', AT(optimizer), 0, 0, ""},
-    {"lr", "auto", 0, 'f', 's', AT(lr), 1e-12, 1e3, "peak learning rate, at base width; auto: by scheme and optimizer"},
-    {"warmup", "20", 0, 'i', 's', AT(warmup), 0, 1e9, "steps of linear warm-up; then a cosine down to 10 %"},
-    {"decay", "auto", 0, 'f', 's', AT(decay), 0, 1, "weight decay of a step at peak rate; auto: by scheme"},
-    {"base-width", "256", 0, 'i', 's', AT(base_width), 1, 65536, "width at which hidden matrices learn at --lr too"},
-    {"precision", "fp8", "fp32|bf16|fp8", 'i', 's', AT(precision), 0, 0, ""},
-    {"seed", "1", 0, 'u', 's', AT(seed), 0, 0, "of weights, batches and samples"},
-    {NULL, 0, 0, 0, 0, 0, 0, 0, "Reports, every N steps (0: never)"},
-    {"eval-every", "100", 0, 'i', 's', AT(eval_every), 0, 1e9, "validation loss"},
-    {"sample-every", "0", 0, 'i', 's', AT(sample_every), 0, 1e9, "a sample of text"},
-    {"stats-every", "0", 0, 'i', 's', AT(stats_every), 0, 1e9, "unit-scale statistics of every tensor"},
-    {NULL, 0, 0, 0, 0, 0, 0, 0, "Files"},
-    {"out", "", 0, 's', 0, AT(out), 0, 0, "directory for log.csv, stats.csv and checkpoints (default: write nothing)"},
-    {"save-every", "0", 0, 'i', 's', AT(save_every), 0, 1e9, "a checkpoint every N steps (0: only at the end)"},
-    {"resume", "", 0, 'b', 0, AT(resume), 0, 0, "continue from the newest checkpoint in --out, with its settings"},
-    {"dump", "", 0, 's', 0, AT(dump), 0, 0, "write every tensor of the first step to this file, and stop"},
-    {NULL, 0, 0, 0, 0, 0, 0, 0, "Text"},
-    {"generate", "", 0, 's', 0, AT(generate), 0, 0, "write text with this checkpoint instead of training"},
-    {"prompt", "", 0, 's', 0, AT(prompt), 0, 0, "how the text begins"},
-    {"tokens", "256", 0, 'i', 0, AT(tokens), 1, 1e9, "to write"},
-    {"temperature", "0.8", 0, 'f', 0, AT(temperature), 0, 100, "0: always the likeliest token"},
-    {"top-k", "0", 0, 'i', 0, AT(top_k), 0, 65536, "choose among the k likeliest tokens (0: all)"},
-    {"help", "", 0, 'b', 0, AT(help), 0, 0, "this page"},
+    {NULL, "", 0, "", 0, 0, 0, "Data"},
+    {"input", "", 0, "ss", AT(input), 0, 0,
+     "a text file, read as bytes; or token shards: FILE.bin, or a quoted glob"},
+    {"val", "", 0, "ss", AT(val), 0, 0, "the same, to validate on (default: the last 10 % of --input)"},
+    {"tokenizer", "", 0, "ss", AT(tokenizer), 0, 0,
+     "of token shards (default: gpt2_tokenizer.bin beside them)"},
+    {NULL, "", 0, "", 0, 0, 0, "Model"},
+    {"scheme", "us", "us|sp", "im", AT(scheme), 0, 0, "unit scaling, or the standard parametrization"},
+    {"layers", "4", 0, "im", AT(layers), 1, 1000, "blocks"},
+    {"width", "128", 0, "im", AT(width), 1, 65536, "of the stream"},
+    {"heads", "4", 0, "im", AT(heads), 1, 1024, "of attention"},
+    {"seq", "128", 0, "im", AT(seq), 1, 1 << 20, "positions of a sequence"},
+    {"activation", "gelu", "gelu|relu|silu", "im", AT(activation), 0, 0, "of the mlp"},
+    {"tau", "auto", 0, "fm", AT(tau), 0, 1, "share of a branch in the stream's variance; auto: by depth"},
+    {NULL, "", 0, "", 0, 0, 0, "Training"},
+    {"batch", "8", 0, "is", AT(batch), 1, 65536, "sequences at a time"},
+    {"accum", "1", 0, "is", AT(accum), 1, 65536, "batches in one step"},
+    {"steps", "1500", 0, "is", AT(steps), 1, 1e9, "of the optimizer"},
+    {"optimizer", "adamw", "lion|adamw", "im", AT(optimizer), 0, 0, ""},
+    {"lr", "auto", 0, "fs", AT(lr), 1e-12, 1e3,
+     "peak learning rate, at base width; auto: by scheme and optimizer"},
+    {"warmup", "50", 0, "is", AT(warmup), 0, 1e9, "steps of linear warm-up; then a cosine down to 10 %"},
+    {"decay", "auto", 0, "fs", AT(decay), 0, 1, "weight decay of a step at peak rate; auto: by scheme"},
+    {"base-width", "256", 0, "is", AT(base_width), 1, 65536,
+     "width at which hidden matrices learn at --lr too"},
+    {"precision", "fp8", "fp32|bf16|fp8", "is", AT(precision), 0, 0, ""},
+    {"seed", "1", 0, "us", AT(seed), 0, 0x1p64, "of weights, batches and samples"},
+    {NULL, "", 0, "", 0, 0, 0, "Reports, every N steps (0: never)"},
+    {"eval-every", "100", 0, "is", AT(eval_every), 0, 1e9, "validation loss"},
+    {"sample-every", "0", 0, "is", AT(sample_every), 0, 1e9, "a sample of text"},
+    {"stats-every", "0", 0, "is", AT(stats_every), 0, 1e9, "unit-scale statistics of every tensor"},
+    {NULL, "", 0, "", 0, 0, 0, "Files"},
+    {"out", "", 0, "s", AT(out), 0, 0,
+     "directory for log.csv, stats.csv and checkpoints (default: write nothing)"},
+    {"save-every", "0", 0, "is", AT(save_every), 0, 1e9, "a checkpoint every N steps (0: only at the end)"},
+    {"resume", "", 0, "b", AT(resume), 0, 1,
+     "continue from the newest checkpoint in --out, with its settings"},
+    {"dump", "", 0, "s", AT(dump), 0, 0, "write every tensor of the first step to this file, and stop"},
+    {NULL, "", 0, "", 0, 0, 0, "Text"},
+    {"generate", "", 0, "s", AT(generate), 0, 0, "write text with this checkpoint instead of training"},
+    {"prompt", "", 0, "s", AT(prompt), 0, 0, "how the text begins"},
+    {"tokens", "256", 0, "i", AT(tokens), 1, 1e9, "to write"},
+    {"temperature", "0.8", 0, "f", AT(temperature), 0, 100, "0: always the likeliest token"},
+    {"top-k", "0", 0, "i", AT(top_k), 0, 65536, "choose among the k likeliest tokens (0: all)"},
+    {"help", "", 0, "b", AT(help), 0, 1, "this page"},
 };
 static const Option* const OPTIONS_END = OPTIONS + sizeof OPTIONS / sizeof *OPTIONS;
 
+// Copies alternative number i of "a|b|c"; returns whether there is one.
+static int choice(char to[16], const char* choices, int i) {
+    for (int n = 0; sscanf(choices, "%15[^|]%n", to, &n) == 1; choices += n + (choices[n] == '|'))
+        if (i-- == 0) return 1;
+    return 0;
+}
 static void option_set(Config* c, const Option* o, const char* value, const char* where) {
-    char *end = NULL, *field = (char*)c + o->offset;
-    int index = 0;
-    errno = 0;
-    if (o->type == 's') *(char**)field = strdup(value);
+    char *end = NULL, *field = (char*)c + o->offset, name[16];
+    if (*o->type == 's') *(char**)field = strdup(value);
     else if (o->choices) {
-        const char* s = o->choices;
-        size_t n = strlen(value);
-        for (; s && !(strcspn(s, "|") == n && strncmp(s, value, n) == 0); index++) s = strchr(s, '|') ? strchr(s, '|') + 1 : NULL;
-        if (!s) die("%s--%s is one of %s, not '%s'", where, o->name, o->choices, value);
-        *(int*)field = index;
+        int i = 0;
+        while (choice(name, o->choices, i) && strcmp(name, value) != 0) i++;
+        if (!choice(name, o->choices, i))
+            die("%s--%s is one of %s, not '%s'", where, o->name, o->choices, value);
+        *(int*)field = i;
     } else if (strcmp(value, "auto") == 0 && strcmp(o->value, "auto") == 0) *(float*)field = -1;
-    else if (o->type == 'u') {
-        *(uint64_t*)field = strtoull(value, &end, 10);
-        if (!isdigit((uint8_t)*value) || *end || errno) die("%s--%s is a whole number, not '%s'", where, o->name, value);
-    } else {
-        double x = o->type == 'f' ? strtod(value, &end) : (double)strtol(value, &end, 10);
+    else {
+        errno = 0;
+        uint64_t whole = strtoull(value, &end, 10);
+        double x = isdigit((uint8_t)*value) && !errno ? (double)whole : -1;
+        if (*o->type == 'f') x = strtod(value, &end);
         if (end == value || *end || !(x >= o->low && x <= o->high))
-            die("%s--%s is a %s from %g to %.9g, not '%s'", where, o->name, o->type == 'f' ? "number" : "whole number", o->low,
-                o->high, value);
-        if (o->type == 'f') *(float*)field = (float)x;
-        else *(int*)field = (int)x;
+            die("%s--%s is a %s from %g to %.9g, not '%s'", where, o->name,
+                *o->type == 'f' ? "number" : "whole number", o->low, o->high, value);
+        if (*o->type == 'f') *(float*)field = (float)x;
+        else if (*o->type == 'u') *(uint64_t*)field = whole;
+        else *(int*)field = (int)whole;
     }
 }
 // The value as option_set reads it back, to the last bit.
-static const char* option_get(const Config* c, const Option* o, char* to, size_t size) {
-    const char *field = (const char*)c + o->offset, *s = o->choices;
-    for (int i = s ? *(const int*)field : 0; i > 0; i--) s = strchr(s, '|') + 1;
-    if (s) snprintf(to, size, "%.*s", (int)strcspn(s, "|"), s);
-    else if (o->type == 's') snprintf(to, size, "%s", *(char* const*)field);
-    else if (o->type == 'f') snprintf(to, size, "%.9g", (double)*(const float*)field);
-    else if (o->type == 'u') snprintf(to, size, "%llu", (unsigned long long)*(const uint64_t*)field);
-    else snprintf(to, size, "%d", *(const int*)field);
-    return to;
+static const char* option_get(const Config* c, const Option* o) {
+    const char* field = (const char*)c + o->offset;
+    char name[16];
+    if (o->choices) return choice(name, o->choices, *(const int*)field) ? form("%s", name) : "";
+    if (*o->type == 's') return *(char* const*)field;
+    if (*o->type == 'f') {  // short where that reads back the same
+        const char* brief = form("%g", (double)*(const float*)field);
+        const int exact = strtof(brief, NULL) == *(const float*)field;
+        return exact ? brief : form("%.9g", (double)*(const float*)field);
+    }
+    if (*o->type == 'u') return form("%llu", (unsigned long long)*(const uint64_t*)field);
+    return form("%d", *(const int*)field);
 }
 
 static void print_help(void) {
     printf("train_us: trains a GPT-like model in FP8 by unit scaling (µS), and writes text with it\n"
            "./train_us --input FILE [options]      ./train_us --generate CHECKPOINT [--prompt TEXT]\n");
     for (const Option* o = OPTIONS; o < OPTIONS_END; o++) {
-        char name[64];
-        const char* kind = o->choices ? o->choices : o->type == 's' ? "TEXT" : o->type == 'b' ? "" : o->type == 'f' ? "X" : "N";
-        snprintf(name, sizeof name, "--%s %s", o->name ? o->name : "", kind);
-        if (!o->name) printf("%s\n", o->help);
-        else if (*o->value) printf("  %-30s %s [%s]\n", name, o->help, o->value);
-        else printf("  %-30s %s\n", name, o->help);
+        const char* kind = *o->type == 's' ? "TEXT" : *o->type == 'b' ? "" : *o->type == 'f' ? "X" : "N";
+        const char* value = o->choices ? o->choices : kind;
+        const char* flag = o->name ? form("  %-30s ", form("--%s %s", o->name, value)) : "";
+        printf("%s%s%s\n", flag, o->help, *o->value ? form(" [%s]", o->value) : "");
     }
 }
 
 // Fills c from the defaults, then from a checkpoint's metadata if there is one, then from the flags given.
 static void config_parse(Config* c, int argc, char** argv, const Archive* checkpoint) {
-    char before[1024], after[1024], where[4200] = "";
     memset(c, 0, sizeof *c);
     for (const Option* o = OPTIONS; o < OPTIONS_END; o++) {
-        if (!o->name || o->type == 'b') continue;
+        if (!o->name || *o->type == 'b') continue;
         option_set(c, o, o->value, "");
-        if (!checkpoint || !o->saved) continue;
+        if (!checkpoint || !o->type[1]) continue;
         const char* value = archive_get(checkpoint, o->name);
         if (!value) die("checkpoint %s does not say its --%s", checkpoint->path, o->name);
-        snprintf(where, sizeof where, "checkpoint %s: ", checkpoint->path);
-        option_set(c, o, value, where);
+        option_set(c, o, value, form("checkpoint %s: ", checkpoint->path));
     }
     for (int i = 1; i < argc; i++) {
+        char name[64] = "";
+        const char *equals = strchr(argv[i], '='), *value = equals ? equals + 1 : "1";
         const Option* o = OPTIONS;
-        size_t n = strcspn(argv[i], "=");
-        for (; o < OPTIONS_END; o++)
-            if (o->name && n == strlen(o->name) + 2 && strncmp(argv[i], "--", 2) == 0 &&
-                strncmp(argv[i] + 2, o->name, n - 2) == 0) break;
+        sscanf(argv[i], "--%63[^=]", name);
+        while (o < OPTIONS_END && (!o->name || strcmp(o->name, name) != 0)) o++;
         if (o == OPTIONS_END) die("there is no option %s (--help lists them)", argv[i]);
-        if (o->type == 'b') {
-            if (argv[i][n]) die("--%s takes no value", o->name);
-            *(int*)((char*)c + o->offset) = 1;
-            continue;
+        if (*o->type == 'b' && equals) die("--%s takes no value", name);
+        if (*o->type != 'b' && !equals) {
+            if (i + 1 == argc) die("--%s wants a value (--help lists the options)", name);
+            value = argv[++i];
         }
-        if (!argv[i][n] && i + 1 == argc) die("--%s wants a value (--help lists the options)", o->name);
-        const char* value = argv[i][n] ? argv[i] + n + 1 : argv[++i];
-        option_get(c, o, before, sizeof before);
+        const char* before = option_get(c, o);
         option_set(c, o, value, "");
-        if (checkpoint && o->saved == 'm' && strcmp(before, option_get(c, o, after, sizeof after)) != 0)
-            die("--%s %s does not fit checkpoint %s, which has %s", o->name, after, checkpoint->path, before);
+        if (checkpoint && o->type[1] == 'm' && strcmp(before, option_get(c, o)) != 0)
+            die("--%s %s does not fit checkpoint %s, which has %s", name, value, checkpoint->path, before);
     }
     if (c->width % c->heads) die("--width %d is not a multiple of --heads %d", c->width, c->heads);
     if (c->tau < 0) c->tau = default_tau(c->layers);
-    const float rates[2][2] = {{0.02f, 0.06f}, {3e-4f, 2e-3f}}, decays[2] = {1e-3f, 1e-4f};
+    const float rates[2][2] = {{0.01f, 0.02f}, {3e-4f, 2e-3f}}, decays[2] = {1e-3f, 1e-4f};
     if (c->lr < 0) c->lr = rates[c->scheme][c->optimizer];
     if (c->decay < 0) c->decay = decays[c->scheme];
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// Checkpoints and dumps
-
+// ---- Checkpoints and dumps -----------------------------------------------------------------------------
 static void archive_config(Archive* a, const Model* m) {
-    char value[1024];
+    const char* const keys[] = {"vocab", "step", "sequence", "grad_scale"};
+    const double numbers[] = {(double)m->c.vocab, (double)m->step, (double)m->sequence, m->grad_scale};
     memset(a, 0, sizeof *a);
     a->path = "this file";
     for (const Option* o = OPTIONS; o < OPTIONS_END; o++)
-        if (o->name && o->saved) archive_meta(a, o->name, option_get(&m->c, o, value, sizeof value));
-    const struct { const char* key; double value; } numbers[] = {
-        {"vocab", (double)m->c.vocab}, {"step", (double)m->step}, {"sequence", (double)m->sequence}, {"grad_scale", m->grad_scale}};
-    for (int i = 0; i < 4; i++) {
-        snprintf(value, sizeof value, "%.17g", numbers[i].value);
-        archive_meta(a, numbers[i].key, value);
-    }
+        if (*o->type && o->type[1]) archive_meta(a, o->name, option_get(&m->c, o));
+    for (int i = 0; i < 4; i++) archive_meta(a, keys[i], form("%.17g", numbers[i]));
 }
 static void archive_tensors(Archive* a, const Model* m, const char* prefix, const float* data) {
     for (int i = 0; data && i < m->num_tensors; i++) {
         const Tensor* t = &m->tensors[i];
         int vector = t->kind->rows == DIM_1;
-        archive_add(a, prefix, t->name, "F32", data + t->offset, vector ? t->cols : t->rows, vector ? 0 : t->cols, 0);
+        long d0 = vector ? t->cols : t->rows, d1 = vector ? 0 : t->cols;
+        archive_add(a, form("%s%s", prefix, t->name), "F32", data + t->offset, d0, d1, 0);
     }
 }
-static void checkpoint_save(const Model* m, char* path, size_t size) {
+static const char* checkpoint_path(const char* dir, long step) {
+    return form("%s/ckpt_%08ld.safetensors", dir, step);
+}
+static void checkpoint_save(const Model* m) {
     static Archive a;
-    snprintf(path, size, "%s/ckpt_%08ld.safetensors", m->c.out, m->step);
     archive_config(&a, m);
     archive_tensors(&a, m, "", m->params);
     archive_tensors(&a, m, m->v ? "adam.m." : "lion.m.", m->m);
     archive_tensors(&a, m, "adam.v.", m->v);
-    archive_write(&a, path);
+    archive_write(&a, checkpoint_path(m->c.out, m->step));
     free(a.entries);
 }
 
@@ -1572,41 +1574,41 @@ static long checkpoint_number(const Archive* a, const char* key, double high) {
     const char* value = archive_get(a, key);
     char* end = NULL;
     double x = value ? strtod(value, &end) : -1;
-    if (!value || end == value || *end || !(x >= 0 && x <= high)) die("%s has no good %s in its metadata", a->path, key);
+    if (end == value || *end || !(x >= 0 && x <= high))
+        die("%s has no good %s in its metadata", a->path, key);
     return (long)x;
 }
 static int checkpoint_fill(const Model* m, const Archive* a, const char* prefix, float* data) {
     for (int i = 0; data && i < m->num_tensors; i++) {
         const Tensor* t = &m->tensors[i];
-        char name[96];
-        snprintf(name, sizeof name, "%s%s", prefix, t->name);
-        memcpy(data + t->offset, archive_find(a, name, t->rows, t->cols), sizeof(float) * (size_t)(t->rows * t->cols));
+        const void* from = archive_find(a, form("%s%s", prefix, t->name), t->rows, t->cols);
+        memcpy(data + t->offset, from, sizeof(float) * (size_t)(t->rows * t->cols));
     }
     return data ? m->num_tensors : 0;
 }
 // Fills what m has memory for: all that the file holds, or to generate text only the parameters.
 static void checkpoint_load(Model* m, const Archive* a) {
-    int known = checkpoint_fill(m, a, "", m->params);
-    known += checkpoint_fill(m, a, m->v ? "adam.m." : "lion.m.", m->m);
-    known += checkpoint_fill(m, a, "adam.v.", m->v);
-    if (m->m && known != a->num_entries) die("%s holds %d tensors that are not known", a->path, a->num_entries - known);
+    int unknown = a->num_entries - checkpoint_fill(m, a, "", m->params);
+    unknown -= checkpoint_fill(m, a, m->v ? "adam.m." : "lion.m.", m->m);
+    unknown -= checkpoint_fill(m, a, "adam.v.", m->v);
+    if (m->m && unknown) die("%s holds %d tensors that are not known", a->path, unknown);
     m->step = checkpoint_number(a, "step", 1e15);
     m->sequence = checkpoint_number(a, "sequence", 1e15);
 }
-// Path of the newest checkpoint in --out, or ""; whether there is a log of an earlier run.
-static int checkpoint_newest(const char* dir, char* path, size_t size) {
+// Step of the newest checkpoint in --out, or -1; and whether there is a log of an earlier run.
+static long checkpoint_newest(const char* dir, int* logged) {
     long newest = -1, step;
-    int logged = 0, end = 0;
     DIR* d = opendir(dir);
-    *path = 0;
+    *logged = 0;
     if (!d && errno != ENOENT) die("cannot open --out %s: %s", dir, strerror(errno));
-    for (struct dirent* e; d && (e = readdir(d)); end = 0) {
-        if (strcmp(e->d_name, "log.csv") == 0) logged = 1;
-        if (sscanf(e->d_name, "ckpt_%8ld.safetensors%n", &step, &end) == 1 && end && !e->d_name[end] && step > newest) newest = step;
+    for (struct dirent* e; d && (e = readdir(d)); ) {
+        int end = 0;
+        if (strcmp(e->d_name, "log.csv") == 0) *logged = 1;
+        sscanf(e->d_name, "ckpt_%8ld.safetensors%n", &step, &end);
+        if (end && !e->d_name[end] && step > newest) newest = step;
     }
     if (d) closedir(d);
-    if (newest >= 0) snprintf(path, size, "%s/ckpt_%08ld.safetensors", dir, newest);
-    return logged;
+    return newest;
 }
 
 // Writes the first step, every tensor of it, for a look from Python (dev/reference.py checks it).
@@ -1617,38 +1619,40 @@ static void dump(Model* m, const Split* train) {
     float loss = (float)model_loss(m, 1), *logits = floats((double)(m->rows * V));
     model_backward(m);
     model_logits(m, 0, m->rows);  // again, as their gradient took their place
-    for (long n = 0; n < m->rows; n++) memcpy(logits + n * V, buffer(m, 0, A_LOGITS, n), sizeof(float) * (size_t)V);
+    for (long n = 0; n < m->rows; n++)
+        memcpy(logits + n * V, buffer(m, 0, A_LOGITS, n), sizeof(float) * (size_t)V);
     archive_config(&a, m);
-    archive_add(&a, "", "tokens", "I32", m->inputs, B, T, 0);
-    archive_add(&a, "", "targets", "I32", m->targets, B, T, 0);
-    archive_add(&a, "", "loss", "F32", &loss, 1, 0, 0);
-    archive_add(&a, "", "logits", "F32", logits, B, T, V);
+    archive_add(&a, "tokens", "I32", m->inputs, B, T, 0);
+    archive_add(&a, "targets", "I32", m->targets, B, T, 0);
+    archive_add(&a, "loss", "F32", &loss, 1, 0, 0);
+    archive_add(&a, "logits", "F32", logits, B, T, V);
     archive_tensors(&a, m, "param.", m->params);
     archive_tensors(&a, m, "grad.", m->grads);
-    for (int k = 0; k < A_MEANF; k++)
+    for (int k = 0; k < A_MEANF; k++) {
+        const Dim width = BUFFER_KINDS[k].width;
+        if (width == DIM_1 || buffer_size(m, k) == 0) continue;
         for (int l = 0; l < (k < BLOCK_BUFFERS ? m->c.layers : 1); l++) {
-            char prefix[32] = "act.";
-            if (k < BLOCK_BUFFERS) snprintf(prefix, sizeof prefix, "act.h.%d.", l);
-            if (BUFFER_KINDS[k].width == DIM_1 || buffer_size(m, k) == 0) continue;
-            archive_add(&a, prefix, BUFFER_KINDS[k].name, "F32", buffer(m, l, k, 0), B, T, dim_of(&m->c, BUFFER_KINDS[k].width));
+            const char* block = k < BLOCK_BUFFERS ? form("h.%d.", l) : "";
+            const char* name = form("act.%s%s", block, BUFFER_KINDS[k].name);
+            archive_add(&a, name, "F32", buffer(m, l, k, 0), B, T, dim_of(&m->c, width));
         }
+    }
     archive_write(&a, m->c.dump);
     free(a.entries);
     free(logits);
     printf("wrote %s\n", m->c.dump);
 }
 
-// ---------------------------------------------------------------------------------------------------------
+// ---- Device --------------------------------------------------------------------------------------------
 // A device does the arithmetic of a run; train_us.cu brings another one.
-
-typedef struct { double loss, norm; const Tensor* bad; } StepResult;  // bad: a tensor with a gradient not finite
+typedef struct { double loss, norm; const Tensor* bad; } StepResult;  // bad: its gradient is not finite
 typedef struct {
     const char* name;
-    void (*open)(Model* m);                                       // once, when the parameters are set
-    StepResult (*step)(Model* m, const Split* train, double lr);  // an optimizer step; none if the result is not finite
-    double (*loss)(Model* m);                                     // of m->inputs and m->targets
-    const float* (*next)(Model* m, long t0, long T);              // logits at position T-1; rows before t0 are known
-    void (*fetch)(Model* m);                                      // brings parameters and optimizer state to the host
+    void (*open)(Model* m);                                   // once, when the parameters are set
+    StepResult (*step)(Model* m, const Split* s, double lr);  // an optimizer step; none if not all is finite
+    double (*loss)(Model* m);                                 // of m->inputs and m->targets
+    const float* (*next)(Model* m, long t0, long T);          // logits at T-1; rows before t0 are known
+    void (*fetch)(Model* m);                                  // parameters and moments to the host
 } Device;
 
 static StepResult cpu_step(Model* m, const Split* train, double lr) {
@@ -1662,12 +1666,10 @@ static StepResult cpu_step(Model* m, const Split* train, double lr) {
         m->stats_on = 0;  // statistics are of the first batch
     }
     r.norm = gradient_norm(m, &r.bad);
-    if (!isfinite(r.loss) || r.bad) {
-        m->sequence = sequence;
-        return r;
-    }
-    model_update(m, lr);
-    m->step++;
+    if (isfinite(r.loss) && !r.bad) {
+        model_update(m, lr);
+        m->step++;
+    } else m->sequence = sequence;
     return r;
 }
 static double cpu_loss(Model* m) { return model_loss(m, 0); }
@@ -1677,11 +1679,10 @@ static const float* cpu_next(Model* m, long t0, long T) {
     return buffer(m, 0, A_LOGITS, T - 1);
 }
 static void cpu_fetch(Model* m) { (void)m; }
-static const Device CPU = {"CPU", model_alloc_buffers, cpu_step, cpu_loss, cpu_next, cpu_fetch};
+__attribute__((unused)) static const Device CPU = {
+    "CPU", model_alloc_buffers, cpu_step, cpu_loss, cpu_next, cpu_fetch};
 
-// ---------------------------------------------------------------------------------------------------------
-// Writing text
-
+// ---- Writing text --------------------------------------------------------------------------------------
 static int descending(const void* a, const void* b) {
     float x = *(const float*)a, y = *(const float*)b;
     return (x < y) - (x > y);
@@ -1739,30 +1740,34 @@ static void generate(Model* m, const Device* device, const Text* text, int count
     free(start);
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// Training
-
+// ---- Training ------------------------------------------------------------------------------------------
 static volatile sig_atomic_t stop_signal;
-static void on_signal(int signal) { stop_signal = signal; }
+static void on_signal(int number) {
+    stop_signal = number;
+    signal(number, SIG_DFL);  // a second one ends the program at once
+}
 
 static void print_header(const Model* m, const Device* device, const Split* train, const Split* val) {
-    char shape[64], value[1024];
-    double bytes = 0;
-    printf("us.c on %s, %d threads:", device->name, max_threads());
-    for (const Option* o = OPTIONS; o < OPTIONS_END; o++)
-        if (o->name && o->saved && o->type != 's') printf(" %s %s", o->name, option_get(&m->c, o, value, sizeof value));
+    double kept = 0, n = (double)m->num_params;
+    int column = printf("us.c on %s, threads %d,", device->name, max_threads());
+    for (const Option* o = OPTIONS; o < OPTIONS_END; o++) {
+        if (!o->name || !o->type[1] || *o->type == 's') continue;
+        if (column > 85) column = printf("\n ") - 1;
+        column += printf(" %s %s", o->name, option_get(&m->c, o));
+    }
     printf("\n  tensor          shape         operand  multiplier  learning rate  decays\n");
     for (int i = 0; i < m->num_tensors; i++) {
         const Tensor* t = &m->tensors[i];
         if (i >= BLOCK_TENSORS && i < m->c.layers * BLOCK_TENSORS) continue;  // the blocks are alike
-        snprintf(shape, sizeof shape, t->kind->rows == DIM_1 ? "%ld" : "%ld x %ld", t->rows * (t->kind->rows == DIM_1 ? t->cols : 1), t->cols);
-        printf("  %s%-*s  %-13s %-8s %-11.4g %-14.4g %s\n", i < BLOCK_TENSORS ? "h.*." : "", i < BLOCK_TENSORS ? 10 : 14,
-               t->kind->name, shape, FORMATS[t->operand].name, (double)t->alpha, (double)(m->c.lr * t->lr_factor),
+        const char* name = form("%s%s", i < BLOCK_TENSORS ? "h.*." : "", t->kind->name);
+        const char* rows = t->kind->rows == DIM_1 ? "" : form("%ld x ", t->rows);
+        printf("  %-14s  %-13s %-8s %-11.4g %-14.4g %s\n", name, form("%s%ld", rows, t->cols),
+               FORMATS[t->operand].name, (double)t->alpha, (double)(m->c.lr * t->lr_factor),
                t->kind->decays ? "yes" : "no");
     }
-    for (int k = 0; k < BUFFERS; k++) bytes += 4 * buffer_size(m, k);
-    printf("%.2f M parameters; memory: %.0f MB parameters, gradients and optimizer state, %.0f MB activations\n",
-           (double)m->num_params * 1e-6, (double)m->num_params * (m->v ? 16e-6 : 12e-6), bytes * 1e-6);
+    for (int k = 0; k < BUFFERS; k++) kept += buffer_size(m, k);
+    printf("%.2f M parameters; memory: %.0f MB parameters, gradients and optimizer state, "
+           "%.0f MB activations\n", n * 1e-6, n * (m->v ? 16e-6 : 12e-6), kept * 4e-6);
     printf("%ld %s to train on, %ld to validate on; %ld tokens a step\n", train->count,
            m->c.vocab == BYTES_VOCAB ? "bytes" : "tokens", val->count, m->rows * m->c.accum);
 }
@@ -1770,17 +1775,20 @@ static void print_header(const Model* m, const Device* device, const Split* trai
 // One screen for four blocks: for each linear its three operands; for each block the stream after it.
 static void print_stats(const Model* m, FILE* csv) {
     static const char* const operands[] = {"input", "weight", "grad"};
+    const char* columns = "|   rms   max flush%  sat% ";
     printf("step %-12ld| input                   | weight                  | output gradient\n"
-           "tensor           |  rms   max  flush%%  sat%%|  rms   max  flush%%  sat%%|  rms   max  flush%%  sat%%\n", m->step);
+           "tensor           %s%s%s\n", m->step, columns, columns, columns);
     for (int i = 0; i < 2 + 5 * m->c.layers; i++) {
         const StatRow* row = &m->stats[i];
-        int stream = i % 5 == 0 && i < 1 + 5 * m->c.layers;
+        const int stream = i % 5 == 0 && i < 1 + 5 * m->c.layers;
         printf("%-11s %-5s", row->name, FORMATS[row->stat[0].format].name);
         for (int k = 0; k < (stream ? 1 : 3); k++) {
             const Stat* s = &row->stat[k];
-            printf("|%6.2g %5.2g %7.2f %5.2f", s->rms, s->max, 100 * s->flushed, 100 * s->saturated);
-            if (csv) fprintf(csv, "%ld,%s,%s,%s,%.6g,%.6g,%.6g,%.6g\n", m->step, row->name, stream ? "stream" : operands[k],
-                             FORMATS[s->format].name, s->rms, s->max, s->flushed, s->saturated);
+            printf("| %5.3g %5.3g %6.2f %5.2f ", s->rms, s->max, 100 * s->flushed, 100 * s->saturated);
+            if (!csv) continue;
+            fprintf(csv, "%ld,%s,%s,%s,%.6g,%.6g,%.6g,%.6g\n", m->step, row->name,
+                    stream ? "stream" : operands[k], FORMATS[s->format].name, s->rms, s->max, s->flushed,
+                    s->saturated);
         }
         printf("\n");
     }
@@ -1788,9 +1796,8 @@ static void print_stats(const Model* m, FILE* csv) {
 
 // Opens a log in --out; a resumed run keeps the rows up to its step, so that no step is there twice.
 static FILE* open_log(const Model* m, const char* name, const char* header) {
-    char path[2048], temporary[2100], line[1024];
-    snprintf(path, sizeof path, "%s/%s", m->c.out, name);
-    snprintf(temporary, sizeof temporary, "%s.tmp", path);
+    const char *path = form("%s/%s", m->c.out, name), *temporary = form("%s.tmp", path);
+    char line[1024];
     FILE *old = m->step > 0 ? fopen(path, "r") : NULL, *f = fopen(temporary, "w");
     if (!f) die("cannot write %s: %s", temporary, strerror(errno));
     fprintf(f, "%s\n", header);
@@ -1802,72 +1809,78 @@ static FILE* open_log(const Model* m, const char* name, const char* header) {
 
 // Mean loss of up to 64 sequences, spread evenly over the split and always the same.
 static double validate(Model* m, const Device* device, const Split* val) {
-    const long T = m->c.seq, B = m->c.batch, batches = min_l(64, val->count / T) / B > 1 ? min_l(64, val->count / T) / B : 1;
+    const long T = m->c.seq, B = m->c.batch, most = min_l(64, val->count / T);
+    const long batches = most > B ? most / B : 1, last = batches * B > 1 ? batches * B - 1 : 1;
     double sum = 0;
     for (long i = 0; i < batches; i++) {
         for (long b = 0; b < B; b++) {
-            double place = (double)(i * B + b) / (double)(batches * B > 1 ? batches * B - 1 : 1);
-            tokens_read(val, (long)((double)(val->count - T - 1) * place), T, m->inputs + b * T, m->targets + b * T);
+            double place = (double)(i * B + b) / (double)last;
+            long start = (long)((double)(val->count - T - 1) * place);
+            tokens_read(val, start, T, m->inputs + b * T, m->targets + b * T);
         }
         sum += device->loss(m);
     }
     return sum / (double)batches;
 }
 
+static int every(int n, long step) { return n && step % n == 0; }
+static long save(Model* m, const Device* device) {
+    device->fetch(m);
+    checkpoint_save(m);
+    return m->step;
+}
+
 static void train(Model* m, const Device* device, const Split* train, const Split* val, const Text* text) {
     const Config* c = &m->c;
     FILE *log = NULL, *stats = NULL;
-    char saved[2048] = "";
     double val_loss = NAN, begin = seconds();
-    const long first = m->step, tokens = m->rows * c->accum;
+    const long first = m->step;
     const int terminal = isatty(STDOUT_FILENO), sample = (int)min_l(c->tokens, 256);
+    long saved = first;
     if (*c->out) {
-        if (mkdir(c->out, 0777) != 0 && errno != EEXIST) die("cannot make --out %s: %s", c->out, strerror(errno));
+        if (mkdir(c->out, 0777) != 0 && errno != EEXIST)
+            die("cannot make --out %s: %s", c->out, strerror(errno));
         log = open_log(m, "log.csv", "step,train_loss,val_loss,lr,grad_norm,ms,tokens_per_s");
-        if (c->stats_every) stats = open_log(m, "stats.csv", "step,tensor,operand,format,rms,max,flushed,saturated");
+        if (c->stats_every)
+            stats = open_log(m, "stats.csv", "step,tensor,operand,format,rms,max,flushed,saturated");
     }
-    struct sigaction action;
-    memset(&action, 0, sizeof action);
-    action.sa_handler = on_signal;
-    action.sa_flags = (int)SA_RESETHAND;  // a second signal ends the program at once
-    sigaction(SIGINT, &action, NULL);
-    sigaction(SIGTERM, &action, NULL);
+    signal(SIGINT, on_signal);
+    signal(SIGTERM, on_signal);
     while (m->step < c->steps && !stop_signal) {
         const long s = m->step + 1;
-        const int last = s == c->steps, want_val = last || (c->eval_every && s % c->eval_every == 0);
-        const int want_sample = !last && c->sample_every && s % c->sample_every == 0;
-        const int want_stats = c->stats_every && (s == 1 || last || s % c->stats_every == 0);
+        const int last = s == c->steps, want_val = last || every(c->eval_every, s);
+        const int want_sample = !last && every(c->sample_every, s);
+        const int want_stats = c->stats_every && (s == 1 || last || every(c->stats_every, s));
         double lr = learning_rate(c, s), start = seconds();
         m->stats_on = want_stats;
         StepResult r = device->step(m, train, lr);
-        double ms = 1e3 * (seconds() - start), rate = 1e3 * (double)tokens / ms;
+        double ms = 1e3 * (seconds() - start), rate = 1e3 * (double)(m->rows * c->accum) / ms;
         if (!isfinite(r.loss) || r.bad) {
-            device->fetch(m);
-            if (log) checkpoint_save(m, saved, sizeof saved);
-            die("step %ld: the %s%s is not finite; %s%s. A lower --lr may help", s, r.bad ? "gradient of " : "loss",
-                r.bad ? r.bad->name : "", log ? "the parameters before it are in " : "nothing is saved without --out", saved);
+            if (log) save(m, device);
+            die("step %ld: the %s is not finite; %s. A lower --lr may help", s,
+                r.bad ? form("gradient of %s", r.bad->name) : "loss",
+                log ? form("the parameters before it are in %s", checkpoint_path(c->out, m->step))
+                    : "nothing is saved without --out");
         }
         if (want_val) val_loss = validate(m, device, val);
-        double left = (seconds() - begin) / (double)(s - first) * (double)(c->steps - s);
+        long left = (long)((seconds() - begin) / (double)(s - first) * (double)(c->steps - s));
         printf("%sstep %ld/%d | loss %.4f", terminal ? "\r\033[K" : "", s, c->steps, r.loss);
         if (want_val) printf(" | val %.4f", val_loss);
-        printf(" | lr %.5f | norm %.3g | %.0f ms | %.0f tokens/s | %.0f:%02.0f left", lr, r.norm, ms, rate, floor(left / 60),
-               floor(fmod(left, 60)));
+        printf(" | lr %.5f | norm %.3g | %.0f ms | %.0f tokens/s | %ld:%02ld left", lr, r.norm, ms, rate,
+               left / 60, left % 60);
         if (!terminal || want_val || want_stats || want_sample) printf("\n");
         if (want_stats) print_stats(m, stats);
         if (log) {
-            fprintf(log, "%ld,%.6f,", s, r.loss);
-            if (want_val) fprintf(log, "%.6f", val_loss);
-            if (fprintf(log, ",%.6g,%.6g,%.3f,%.1f\n", lr, r.norm, ms, rate) < 0 || fflush(log) != 0 || (stats && fflush(stats) != 0))
+            const char* val_text = want_val ? form("%.6f", val_loss) : "";
+            fprintf(log, "%ld,%.6f,%s,%.6g,%.6g,%.3f,%.1f\n", s, r.loss, val_text, lr, r.norm, ms, rate);
+            if (fflush(log) != 0 || (stats && fflush(stats) != 0))
                 die("cannot write the log in %s: %s", c->out, strerror(errno));
         }
         if (want_sample) generate(m, device, text, sample);
         fflush(stdout);
-        if (log && (last || stop_signal || (c->save_every && s % c->save_every == 0))) {
-            device->fetch(m);
-            checkpoint_save(m, saved, sizeof saved);
-        }
+        if (log && every(c->save_every, s)) saved = save(m, device);
     }
+    if (log && m->step > saved) saved = save(m, device);
     if (stop_signal) printf("\nstopped by a signal after step %ld\n", m->step);
     else {
         if (isnan(val_loss)) val_loss = validate(m, device, val);
@@ -1876,71 +1889,79 @@ static void train(Model* m, const Device* device, const Split* train, const Spli
         printf("; a sample:\n");
         generate(m, device, text, sample);
     }
-    if (*saved) printf("saved %s\n", saved);
+    if (saved > first) printf("saved %s\n", checkpoint_path(c->out, saved));
     if (log) fclose(log);
     if (stats) fclose(stats);
+}
+
+// What to train on, and to validate on: --input without its last 10 %, and these; or with --val all of each.
+static void splits_open(Config* c, Split* train, Split* val) {
+    static Tokens tokens, other;
+    if (!*c->input) die("--input FILE is missing: any text file will do (--help lists the options)");
+    tokens_open(&tokens, c->input);
+    if (c->vocab && c->vocab != tokens_vocab(&tokens))
+        die("the checkpoint was not trained on the kind of tokens in %s", c->input);
+    c->vocab = tokens_vocab(&tokens);
+    train->tokens = val->tokens = &tokens;
+    val->count = *c->val ? 0 : tokens.count / 10;
+    train->count = val->start = tokens.count - val->count;
+    if (*c->val) {
+        tokens_open(&other, c->val);
+        if (other.bytes_per_token != tokens.bytes_per_token) die("--input and --val are not of one kind");
+        val->tokens = &other;
+        val->start = 0;
+        val->count = other.count;
+    }
+    if (train->count <= c->seq || val->count <= c->seq)
+        die("%ld tokens to train on and %ld to validate on are too few for --seq %d: "
+            "use more text or a smaller --seq", train->count, val->count, c->seq);
 }
 
 __attribute__((unused)) static int run(int argc, char** argv, const Device* device) {
     static Config c;
     static Model m;
     static Text text;
-    static Tokens tokens, val_tokens;
+    static Split training, validation;
     static Archive checkpoint;
-    static char path[4096], tokenizer[4096];
+    const char *path = NULL, *tokenizer = NULL;
     config_parse(&c, argc, argv, NULL);
     if (c.help || argc < 2) { print_help(); return c.help ? 0 : 1; }
-    if (*c.generate) snprintf(path, sizeof path, "%s", c.generate);
+    if (*c.generate) path = c.generate;
     else if (*c.out) {
-        int logged = checkpoint_newest(c.out, path, sizeof path);
-        if (c.resume && !*path) die("there is no checkpoint in %s to --resume from", c.out);
-        if (!c.resume && (*path || logged)) die("%s holds a run already: --resume it, or name another --out", c.out);
+        int logged;
+        long newest = checkpoint_newest(c.out, &logged);
+        if (c.resume && newest < 0) die("there is no checkpoint in %s to --resume from", c.out);
+        if (!c.resume && (newest >= 0 || logged))
+            die("%s holds a run already: --resume it, or name another --out", c.out);
+        if (c.resume) path = strdup(checkpoint_path(c.out, newest));
     } else if (c.resume) die("--resume needs the --out directory of the run to continue");
-    const int load = *path != 0;
-    if (load) {
+    if (path) {
         archive_read(&checkpoint, path);
         config_parse(&c, argc, argv, &checkpoint);
         c.vocab = (int)checkpoint_number(&checkpoint, "vocab", 65536);
     }
-    Split train_split = {&tokens, 0, 0}, val_split = {&tokens, 0, 0};
     if (*c.generate) c.batch = 1;
-    else {
-        if (!*c.input) die("--input FILE is missing: any text file will do (--help lists the options)");
-        tokens_open(&tokens, c.input);
-        if (load && c.vocab != tokens_vocab(&tokens)) die("%s was not trained on the kind of tokens in %s", path, c.input);
-        c.vocab = tokens_vocab(&tokens);
-        val_split.count = *c.val ? 0 : tokens.count / 10;
-        train_split.count = val_split.start = tokens.count - val_split.count;
-        if (*c.val) {
-            tokens_open(&val_tokens, c.val);
-            if (val_tokens.bytes_per_token != tokens.bytes_per_token) die("--input and --val are not of one kind");
-            val_split.tokens = &val_tokens;
-            val_split.start = 0;
-            val_split.count = val_tokens.count;
-        }
-        if (train_split.count <= c.seq || val_split.count <= c.seq)
-            die("%ld tokens to train on and %ld to validate on are too few for --seq %d: use more text or a smaller --seq",
-                train_split.count, val_split.count, c.seq);
-    }
+    else splits_open(&c, &training, &validation);
     if (c.vocab != BYTES_VOCAB) {
         const char* slash = strrchr(c.input, '/');
-        snprintf(tokenizer, sizeof tokenizer, "%.*sgpt2_tokenizer.bin", slash ? (int)(slash - c.input + 1) : 0, c.input);
-        if (*c.tokenizer) snprintf(tokenizer, sizeof tokenizer, "%s", c.tokenizer);
+        int dir = slash ? (int)(slash - c.input + 1) : 0;
+        tokenizer = *c.tokenizer ? c.tokenizer : strdup(form("%.*sgpt2_tokenizer.bin", dir, c.input));
     }
-    text_open(&text, *tokenizer ? tokenizer : NULL);
-    if (text.vocab != c.vocab) die("tokenizer %s has %d tokens, the model %d", tokenizer, text.vocab, c.vocab);
+    text_open(&text, tokenizer);
+    if (text.vocab != c.vocab)
+        die("tokenizer %s has %d tokens, the model %d", tokenizer, text.vocab, c.vocab);
 
     model_layout(&m, &c);
     model_alloc_params(&m, !*c.generate);
-    if (load) checkpoint_load(&m, &checkpoint);
+    if (path) checkpoint_load(&m, &checkpoint);
     else model_init(&m);
     device->open(&m);
     if (*c.generate) generate(&m, device, &text, c.tokens);
     else {
-        print_header(&m, device, &train_split, &val_split);
-        if (load) printf("resumed from %s\n", path);
-        if (*c.dump) dump(&m, &train_split);
-        else train(&m, device, &train_split, &val_split, &text);
+        print_header(&m, device, &training, &validation);
+        if (path) printf("resumed from %s\n", path);
+        if (*c.dump) dump(&m, &training);
+        else train(&m, device, &training, &validation, &text);
     }
     model_free(&m);
     free(checkpoint.entries);

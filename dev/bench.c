@@ -1,19 +1,22 @@
 /*
 bench.c: how fast the CPU trainer is, and where its time goes. `make bench`, or ./bench_us SECONDS.
 
-Two shapes: a small byte model, and GPT-2 124M at a short context. For each, in FP32 and in FP8, whole optimizer steps
-(forward, backward, update) are run in turn, and the fastest of each is printed: on a machine that does other things
+Two shapes: a small byte model, and GPT-2 124M at a short context. For each, in FP32 and in FP8, whole
+optimizer steps
+(forward, backward, update) are run in turn, and the fastest of each is printed: on a machine that does other
+things
 too, the fastest step is the one that was disturbed least. FLOPs per token = 6 (12 L C^2 + Vp C) + 6 L C T.
 */
 #define US_NO_MAIN
 #include "../train_us.c"
 
-static const char* const LAP_NAMES[LAPS] = {"hidden linears", "head", "attention", "norm, residual", "activation",
-                                            "loss", "embedding", "optimizer"};
+static const char* const LAP_NAMES[LAPS] = {"hidden linears", "head", "attention", "norm, residual",
+                                            "activation",     "loss", "embedding", "optimizer"};
 
 int main(int argc, char** argv) {
-    static const struct { const char* name; int layers, heads, width, seq, vocab; } shapes[] = {
-        {"L4 H4 C256 T256 B4 V256", 4, 4, 256, 256, BYTES_VOCAB}, {"L12 H12 C768 T64 B4 V50257", 12, 12, 768, 64, GPT2_VOCAB}};
+    static const struct { const char* name; int layers, heads, width, seq, vocab;
+    } shapes[] = {{"L4 H4 C256 T256 B4 V256", 4, 4, 256, 256, BYTES_VOCAB},
+                  {"L12 H12 C768 T64 B4 V50257", 12, 12, 768, 64, GPT2_VOCAB}};
     const double budget = argc > 1 ? atof(argv[1]) : 20;
     printf("%d threads, %d float lanes, tile %d x %d\n", max_threads(), LANES, MR, NR);
     for (int s = 0; s < 2; s++) {
@@ -23,7 +26,8 @@ int main(int argc, char** argv) {
             char* none[] = {argv[0]};
             Config c;
             config_parse(&c, 1, none, NULL);
-            c.layers = shapes[s].layers, c.heads = shapes[s].heads, c.width = shapes[s].width, c.seq = shapes[s].seq;
+            c.layers = shapes[s].layers, c.heads = shapes[s].heads, c.width = shapes[s].width,
+            c.seq = shapes[s].seq;
             c.vocab = shapes[s].vocab, c.batch = 4, c.precision = k ? 2 : 0;
             model_layout(&m[k], &c);
             model_alloc_params(&m[k], 1);
@@ -52,11 +56,14 @@ int main(int argc, char** argv) {
         printf("\n%-28s %12s %12s %12s\n", shapes[s].name, "tokens/s", "GFLOP/s", "ms/step");
         for (int k = 0; k < 2; k++) {
             double rate = (double)m[k].rows / best[k];
-            printf("  %-26s %12.1f %12.1f %12.1f\n", k ? "fp8" : "fp32", rate, rate * flops * 1e-9, best[k] * 1e3);
+            printf("  %-26s %12.1f %12.1f %12.1f\n", k ? "fp8" : "fp32", rate, rate * flops * 1e-9,
+                   best[k] * 1e3);
         }
-        printf("  fp8 costs %.1f %% over fp32. Share of a step:   fp32    fp8\n", 100 * (best[1] / best[0] - 1));
+        printf("  fp8 costs %.1f %% over fp32. Share of a step:   fp32    fp8\n",
+               100 * (best[1] / best[0] - 1));
         for (int i = 0; i < LAPS; i++)
-            printf("  %44s %7.1f%% %5.1f%%\n", LAP_NAMES[i], 100 * laps[0][i] / best[0], 100 * laps[1][i] / best[1]);
+            printf("  %44s %7.1f%% %5.1f%%\n", LAP_NAMES[i], 100 * laps[0][i] / best[0],
+                   100 * laps[1][i] / best[1]);
         fflush(stdout);
         model_free(&m[0]), model_free(&m[1]);
     }
