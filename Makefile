@@ -24,13 +24,17 @@ BUILD   = $(CC) -std=gnu11 $(CFLAGS) $(FLOATS) $(WARN) $(OMP)
 
 all: train_us
 
-train_us: train_us.c Makefile
+# Another compiler or other flags than last time: build again.
+.flags: FORCE
+	@echo '$(BUILD)' | cmp -s - $@ || echo '$(BUILD)' >$@
+
+train_us: train_us.c .flags
 	$(BUILD) train_us.c -o $@ -lm
 
-test_us: test_us.c train_us.c Makefile
+test_us: test_us.c train_us.c .flags
 	$(BUILD) test_us.c -o $@ -lm
 
-bench_us: dev/bench.c train_us.c Makefile
+bench_us: dev/bench.c train_us.c .flags
 	$(BUILD) dev/bench.c -o $@ -lm
 
 test: test_us
@@ -43,7 +47,7 @@ out/self.txt: train_us.c test_us.c README.md Makefile dev/reference.py
 
 train: train_us out/self.txt
 	rm -rf out/train
-	./train_us --input out/self.txt --out out/train --stats-every 300
+	./train_us --input out/self.txt --out out/train --stats-every 1500
 
 bench: bench_us
 	./bench_us
@@ -59,6 +63,6 @@ sanitize:
 	./test_us_sanitized
 
 clean:
-	rm -rf train_us test_us test_us_sanitized bench_us out
+	rm -rf train_us test_us test_us_sanitized bench_us out .flags
 
-.PHONY: all test train bench mutants sanitize clean
+.PHONY: all test train bench mutants sanitize clean FORCE

@@ -5,7 +5,7 @@ test_us.c: the tests of us.c. It includes the trainer, so that every function ca
   ./test_us NAME ...          the tests whose name contains NAME; with -x, no test after one that fails
   ./test_us -- FLAGS          this binary as the trainer (the tests of the command line start themselves so)
 
-Every comparison is written !(error <= bound): NaN fails. Where a bound is not zero, a comment says where it comes from.
+Every comparison is of the form error <= bound, false for NaN. Where a bound is not zero, a comment says why.
 */
 #define US_NO_MAIN
 #include "train_us.c"
@@ -28,6 +28,10 @@ __attribute__((format(printf, 2, 3))) static void check(int good, const char* fo
         fflush(stdout);
     }
     va_end(args);
+}
+// The larger of a worst error so far and another; NaN counts as infinite and stays.
+static double worse(double worst, double error) {
+    return error <= worst ? worst : isnan(error) ? (double)INFINITY : error;
 }
 static void check_below(double error, double bound, const char* what, const char* name) {
     check(error <= bound, "%s %s: error %.3g, bound %.3g", what, name, error, bound);
@@ -165,7 +169,7 @@ static void test_random(void) {
 static void test_exp(void) {
     double worst = 0;
     for (float x = -87.0f; x < 88.0f; x += 0.00137f)
-        worst = fmax(worst, fabs(fast_exp(x) / exp((double)x) - 1));
+        worst = worse(worst, fabs(fast_exp(x) / exp((double)x) - 1));
     check(worst <= 2.4e-7, "fast_exp: relative error %g, 2 units in the last place are 2.4e-7", worst);
     check(isnan(fast_exp(NAN)) && fast_exp(0) == 1 && fast_exp(-1000) < 2e-38f && fast_exp(1000) > 1e38f,
           "fast_exp: ends");
@@ -196,7 +200,7 @@ static void test_matmul(void) {
                     double want = n < N ? sum + (accumulate ? old[m * ld + n] : 0) : old[m * ld + n];
                     double bound = n < N ? (double)(K + 4) * 0x1p-24 * (size + fabs(want)) : 0,
                            error = fabs(out[m * ld + n] - want);
-                    worst = fmax(worst, error <= bound ? 0 : 1);
+                    worst = worse(worst, error <= bound ? 0 : 1);
                 }
             check(worst == 0, "matmul %ld x %ld x %ld, mode %d", M, N, K, mode);
             free(a), free(b), free(out), free(old);
@@ -255,7 +259,7 @@ static void check_gradient(Layer* l, long outputs, float* x, const float* dx, lo
         double up = layer_scalar(l, outputs);
         x[i] = old - h;
         double error = fabs((up - layer_scalar(l, outputs)) / (2 * h) - dx[i]) / largest;
-        worst = error <= worst ? worst : error;
+        worst = worse(worst, error);
         x[i] = old;
     }
     check_below(worst, 2e-3, layer, of);
@@ -335,8 +339,8 @@ static void test_activations(void) {  // against libm; 4 units of FP32 at the la
     for (float x = -8; x < 8; x += 0.001f) {
         double u = sqrt(2 / M_PI) * (x + 0.044715 * pow(x, 3)), gelu = 0.5 * x * (1 + tanh(u)),
                silu = x / (1 + exp(-(double)x));
-        worst = fmax(worst, fmax(fabs(activate(x, GELU) - gelu), fabs(activate(x, SILU) - silu)) /
-                                fmax(1, fabs((double)x)));
+        worst = worse(worst, fabs(activate(x, GELU) - gelu) / fmax(1, fabs((double)x)));
+        worst = worse(worst, fabs(activate(x, SILU) - silu) / fmax(1, fabs((double)x)));
     }
     check(worst <= 4 * 0x1p-23, "activations: error %g", worst);
     check(activate(-1, RELU) == 0 && activate(2, RELU) == 2 && isnan(activate(NAN, RELU)) &&
@@ -456,7 +460,13 @@ static void test_oracle(void) {
                     float want_norm =
                         ((const float*)state_entry(&a, "%s.%s.%s.grad_norms", s, p, o)->data)[step];
                     snprintf(what, sizeof what, "%s %s %s step %d", s, p, o, step + 1);
-                    double loss_bound = precision ? 1e-4 : 1e-5, norm_bound = precision ? 2e-3 : 2e-5;
+                    double loss_bound = 1e-5, norm_bound = 1e-4;  // the parameters' own bounds, see above
+                    if (precision) {
+                        const Entry* e = state_entry(&a, "%s.fp8.%s.spread.losses%s", s, o, "");
+                        loss_bound = fmax(loss_bound, 4.0 * *(const float*)e->data);
+                        e = state_entry(&a, "%s.fp8.%s.spread.grad_norms%s", s, o, "");
+                        norm_bound = fmax(norm_bound, 4.0 * *(const float*)e->data);
+                    }
                     check_below(fabs(loss / want_loss - 1), loss_bound, what, "loss");
                     check_below(fabs(norm / want_norm - 1), norm_bound, what, "gradient norm");
                     snprintf(prefix, sizeof prefix, "%s.%s.grad.", s, p);
@@ -805,6 +815,7 @@ static int same_files(const char* a, const char* b) {
     snprintf(command, sizeof command, "cmp -s '%s/%s' '%s/%s'", work, a, work, b);
     return system(command) == 0;
 }
+#define SMALL "--layers 2 --width 64 --heads 2 --seq 32 --batch 8 --eval-every 0 --tokens 1 --optimizer adamw "
 #define TINY "--layers 2 --width 32 --heads 2 --seq 16 --batch 3 --eval-every 0 --tokens 8 "
 
 static void test_command_line(void) {
@@ -855,7 +866,7 @@ static void test_bad_files(void) {
     text_file(path, sizeof path, "cut.bin"), write_shard(path, tokens, 600, 700);
     tokens[300] = 50257;
     text_file(path, sizeof path, "alien.bin"), write_shard(path, tokens, 600, 600);
-    check_fails("--input %s/nothing.txt", "cannot open data file");
+    check_fails("--input %s/nothing.txt", "no file matches");
     check_fails("--input '%s/no*.txt'", "no file matches");
     check_fails("--input %s/dir", "is not a regular file");
     check_fails("--input %s/empty.txt", "is empty");
@@ -966,6 +977,11 @@ static void test_checkpoints(void) {
     check(run_us("--out %s/run --resume")->status == 0 && strstr(result.out, "validation loss"),
           "resuming a run that is done");
     check_fails("--input train_us.c --out %s/run " TINY, "holds a run already");
+    shell("cp README.md '%s/notes[1].txt' && printf '9' >>'%s/half/log.csv' && rm '%s'/half/*8.safetensors");
+    check(run_us("--input '%s/notes[1].txt' --steps 1 " TINY)->status == 0, "brackets in a name: %s", result.err);
+    check(run_us("--out %s/half --resume --tau auto --heads 2 --lr auto")->status == 0, "the same flags again: %s", result.err);
+    shell("cut -d, -f1-5 '%s/half/log.csv' >'%s/half.txt'");
+    check(same_files("run.txt", "half.txt"), "a log cut off in a line is mended");
     check_fails("--out %s/run --resume --width 64", "--width 64 does not fit checkpoint");
     check_fails("--out %s/run --resume --optimizer lion", "--optimizer lion does not fit");
     uint16_t tokens[600] = {0};
@@ -1111,6 +1127,12 @@ static void test_generate(void) {
         logits[i] = i < 2 ? logf((float)(i + 1)) : -99.0f;  // probabilities 1/3, 2/3
     c.temperature = 1;
     for (long i = 0; i < 30000; i++) counts[(int)min_l(2, sample_token(logits, &c, i))]++;
+    long cold = 0;  // at half the temperature 1/5 and 4/5; a standard deviation is 69
+    c.temperature = 0.5f;
+    for (long i = 0; i < 30000; i++) cold += sample_token(logits, &c, i) == 0;
+    check(labs(cold - 6000) < 350, "samples follow the temperature: %ld of 30000", cold);
+    logits[7] = logits[1], c.temperature = 0;
+    check(sample_token(logits, &c, 1) == 1 && sample_token(logits, &c, 2) == 1, "of equals the first is taken");
     check(labs(counts[0] - 10000) < 500 && counts[2] == 0, "samples follow the probabilities: %ld of 30000",
           counts[0]);
 }
@@ -1132,47 +1154,123 @@ static void test_held_out(void) {
     check(strstr(r->out, "20000 bytes to train on") != NULL, "with --val all of --input is trained on");
 }
 
-// A short training run on real text: it learns, fp8 follows fp32, and us transfers what sp does not: a finite
-// loss.
+// A short run learns more than how often each byte occurs (the entropy of the bytes, computed from the text), and
+// FP8 follows FP32: seeds differ by about 2 % after so few steps, and so may they.
 static void test_training(void) {
-    double end[2];
+    static char text[60000];
+    char path[1100];
+    size_t n = 0, count[256] = {0};
+    for (int i = 0; n < sizeof text - 64; i++)
+        n += (size_t)sprintf(text + n, "%d times %d is %d\n", i % 97, i % 89, i % 97 * (i % 89));
+    text_file(path, sizeof path, "products.txt"), write_file(path, text, n);
+    double end[2], entropy = 0;
+    for (size_t i = 0; i < n; i++) count[(uint8_t)text[i]]++;
+    for (int i = 0; i < 256; i++) if (count[i]) entropy -= (double)count[i] / n * log((double)count[i] / n);
     for (int i = 0; i < 2; i++) {
-        char flags[512];
-        snprintf(flags, sizeof flags,
-                 "--input train_us.c --layers 2 --width 128 --heads 2 --seq 64 --batch 8 --steps 60 "
-                 "--precision %s --eval-every 0 --tokens 1",
-                 i ? "fp8" : "fp32");
-        const Run* r = run_us(flags);
-        const char* p = strstr(r->out, "validation loss ");
-        end[i] = p ? atof(p + 16) : NAN;
+        const Run* r = run_us(i ? "--input %s/products.txt --steps 100 --precision fp8 --lr 0.02 " SMALL
+                                : "--input %s/products.txt --steps 100 --precision fp32 --lr 0.02 " SMALL);
+        const char* found = strstr(r->out, "validation loss ");
+        end[i] = found ? atof(found + 16) : NAN;
     }
-    check(end[0] < 3.5 && end[0] > 1, "60 steps end at a loss of %.3f", end[0]);  // from 5.5
+    check(end[0] < entropy - 0.5, "100 steps end at a loss of %.3f, the bytes' entropy is %.3f", end[0], entropy);
     check(fabs(end[1] / end[0] - 1) <= 0.02, "fp8 ends at %.3f, fp32 at %.3f", end[1], end[0]);
+}
+
+// Two batches of 2 added up are one batch of 4: same loss, norm and gradient, up to the order of FP32 sums.
+static void test_accumulation(void) {
+    Model m[2];
+    StepResult r[2];
+    Tokens tokens;
+    for (int i = 0; i < 2; i++) {
+        Config c = small_config();
+        c.precision = 0, c.width = 64, c.seq = 32, c.batch = i ? 4 : 2, c.accum = i ? 1 : 2;
+        m[i] = text_model(c, &tokens, "train_us.c");
+        Split all = {&tokens, 0, tokens.count};
+        r[i] = cpu_step(&m[i], &all, 1e-3);
+    }
+    check_below(fabs(r[0].loss / r[1].loss - 1), 1e-6, "two batches of 2:", "loss");
+    check_below(fabs(r[0].norm / r[1].norm - 1), 1e-5, "two batches of 2:", "norm");
+    check_below(distance(m[0].grads, m[1].grads, m[0].num_params), 1e-5, "two batches of 2:", "gradient");
+    check(m[0].sequence == 4 && m[1].sequence == 4 && m[0].step == 1, "steps and sequences are counted");
+    model_free(&m[0]), model_free(&m[1]);
+}
+
+// A dump holds what the functions compute: the same step taken here, tensor by tensor, to the bit.
+static void test_dump(void) {
+    char path[1100], name[64];
+    static Archive a;
+    const Run* r = run_us("--input train_us.c --precision bf16 --optimizer lion --dump %s/dump.safetensors " TINY);
+    check(r->status == 0, "--dump: %s", r->err);
+    text_file(path, sizeof path, "dump.safetensors");
+    archive_read(&a, path);
+    Tokens tokens;
+    Config c = small_config();
+    c.layers = 2, c.width = 32, c.heads = 2, c.seq = 16, c.batch = 3, c.precision = 1;
+    Model m = text_model(c, &tokens, "train_us.c");
+    Split all = {&tokens, 0, tokens.count - tokens.count / 10};
+    next_batch(&m, &all);
+    float loss = (float)model_loss(&m, 0), *logits = floats((double)(m.rows * m.vp));
+    memcpy(logits, m.buffers[A_LOGITS], sizeof(float) * (size_t)(m.rows * m.vp));
+    model_loss(&m, 1);
+    model_backward(&m);
+    check(*(const float*)archive_find(&a, "loss", 1, 1) == loss, "dump: loss");
+    check(memcmp(state_entry(&a, "logits%s%s%s", "", "", "")->data, logits, sizeof(float) * (size_t)(m.rows * 256)) == 0,
+          "dump: logits");
+    check(memcmp(state_entry(&a, "tokens%s%s%s", "", "", "")->data, m.inputs, sizeof(int) * (size_t)m.rows) == 0,
+          "dump: tokens");
+    check(meta_number(&a, "grad_scale") == 48 * 32 && strcmp(archive_get(&a, "scheme"), "us") == 0, "dump: metadata");
+    for (int i = 0; i < m.num_tensors; i++) {
+        const Tensor* t = &m.tensors[i];
+        const size_t bytes = sizeof(float) * (size_t)(t->rows * t->cols);
+        snprintf(name, sizeof name, "param.%s", t->name);
+        check(memcmp(archive_find(&a, name, t->rows, t->cols), m.params + t->offset, bytes) == 0, "dump: %s", name);
+        snprintf(name, sizeof name, "grad.%s", t->name);
+        check(memcmp(archive_find(&a, name, t->rows, t->cols), m.grads + t->offset, bytes) == 0, "dump: %s", name);
+    }
+    const float* x = (const float*)state_entry(&a, "act.h.1.%s%s%s", "x", "", "")->data;
+    check(memcmp(x, buffer(&m, 1, A_X, 0), sizeof(float) * (size_t)(m.rows * 32)) == 0, "dump: act.h.1.x");
+    check(state_entry(&a, "act.%s%s%s", "lnf", "", "")->shape[2] == 32 && a.num_entries == 4 + 42 + 2 + 16,
+          "dump: %d tensors", a.num_entries);
+    free(logits), free(a.entries), model_free(&m);
+}
+
+// What generate asks a device for: a stand-in checks the window it is shown, and always answers with the next letter.
+static int window_errors, window_calls;
+static const float* alphabet_next(Model* m, long t0, long T) {
+    static float logits[256];
+    memset(logits, 0, sizeof logits);
+    for (long t = 1; t < T; t++) window_errors += m->inputs[t] != 'a' + (m->inputs[t - 1] - 'a' + 1) % 26;
+    window_errors += T > 6 || t0 >= T || (window_calls == 0 && T != 6) || (T == 6 && window_calls && t0 != 5);
+    window_calls++;
+    logits[T == 4 || window_calls ? 'a' + (m->inputs[T - 1] - 'a' + 1) % 26 : 'a'] = 50;
+    return logits;
+}
+static void test_window(void) {
+    static const Device fake = {"stand-in", NULL, NULL, NULL, alphabet_next, NULL};
+    static Text text;
+    static char prompt[] = "abcdefghij";
+    Config c = small_config();
+    c.seq = 6, c.batch = 1, c.vocab = 256, c.prompt = prompt, c.temperature = 1;
+    Model m;
+    model_layout(&m, &c);
+    m.inputs = (int*)floats(6);
+    text_open(&text, NULL);
+    int out = dup(STDOUT_FILENO), null = open("/dev/null", O_WRONLY);
+    fflush(stdout), dup2(null, STDOUT_FILENO);
+    generate(&m, &fake, &text, 40);
+    fflush(stdout), dup2(out, STDOUT_FILENO), close(out), close(null);
+    check(window_calls == 40 && window_errors == 0, "%d calls, %d windows are wrong", window_calls, window_errors);
+    model_free(&m);
 }
 
 // -----------------------------------------------------------------------------------------------------------
 
-static const struct { const char* name; void (*test)(void);
-} TESTS[] = {
-    {"formats", test_formats},
-    {"random", test_random},
-    {"exp", test_exp},
-    {"matmul", test_matmul},
-    {"activations", test_activations},
-    {"gradients", test_gradients},
-    {"table", test_table},
-    {"data", test_data},
-    {"text", test_text},
-    {"oracle", test_oracle},
-    {"model_gradient", test_model_gradient},
-    {"unit_scale", test_unit_scale},
-    {"attention_variance", test_attention_variance},
-    {"generate", test_generate},
-    {"held_out", test_held_out},
-    {"training", test_training},
-    {"command_line", test_command_line},
-    {"bad_files", test_bad_files},
-    {"checkpoints", test_checkpoints},
+#define TEST(name) {#name, test_##name}
+static const struct { const char* name; void (*test)(void); } TESTS[] = {
+    TEST(formats), TEST(random), TEST(exp), TEST(matmul), TEST(activations), TEST(gradients), TEST(table), TEST(data),
+    TEST(text), TEST(oracle), TEST(model_gradient), TEST(accumulation), TEST(generate), TEST(window), TEST(held_out),
+    TEST(dump), TEST(unit_scale), TEST(attention_variance), TEST(training), TEST(command_line), TEST(bad_files),
+    TEST(checkpoints),
 };
 
 int main(int argc, char** argv) {

@@ -709,7 +709,8 @@ static void model_layout(Model* m, const Config* c) {
         t->lr_factor = powf((float)c->width / (float)c->base_width, k->hidden ? m->scheme->lr_power : 0);
         t->operand = k->hidden ? m->hidden->operand : k->rows == DIM_1 ? FP32 : m->head->operand;
     }
-    m->grad_scale = (double)m->rows * c->accum / tensor(m, 0, HEAD)->alpha;  // us: S = N C; sp: S = N
+    // us: S = N C; sp: S = N
+    m->grad_scale = (double)m->rows * c->accum * pow(c->width, -m->scheme->head_power);
     m->loss_scale = 1.0f;
 }
 
@@ -1030,13 +1031,15 @@ typedef struct { const Tokens* tokens; long start, count; } Split;  // a range o
 // Opens a text file as bytes, a .bin shard, or all the shards that a glob pattern names.
 static void tokens_open(Tokens* t, const char* pattern) {
     glob_t found;
+    const int is_pattern = access(pattern, F_OK) != 0;  // a file's own name may have brackets in it
     memset(t, 0, sizeof *t);
-    if (glob(pattern, GLOB_NOMAGIC, NULL, &found) != 0 || !found.gl_pathc) die("no file matches %s", pattern);
-    t->num_shards = (int)found.gl_pathc;
+    if (is_pattern && glob(pattern, 0, NULL, &found) != 0) die("no file matches %s", pattern);
+    t->num_shards = is_pattern ? (int)found.gl_pathc : 1;
     t->shards = (Shard*)alloc(sizeof(Shard) * (double)t->num_shards);
     for (int i = 0; i < t->num_shards; i++) {
         long size;
-        const char *path = t->shards[i].path = strdup(found.gl_pathv[i]), *dot = strrchr(path, '.');
+        const char* path = t->shards[i].path = strdup(is_pattern ? found.gl_pathv[i] : pattern);
+        const char* dot = strrchr(path, '.');
         const uint8_t* p = map_file(path, "data file", &size);
         int width = size >= 4 && read_u32(p) == SHARD_MAGIC ? 2 : 1;
         if (width == 1 && dot && strcmp(dot, ".bin") == 0)
@@ -1048,7 +1051,7 @@ static void tokens_open(Tokens* t, const char* pattern) {
         t->shards[i].p = width == 2 ? p + 1024 : p;
         t->count += t->shards[i].count = width == 2 ? (size - 1024) / 2 : size;
     }
-    globfree(&found);
+    if (is_pattern) globfree(&found);
 }
 static int tokens_vocab(const Tokens* t) { return t->bytes_per_token == 1 ? BYTES_VOCAB : GPT2_VOCAB; }
 
@@ -1123,6 +1126,7 @@ static void archive_add(Archive* a, const char* name, const char* dtype, const v
 }
 static void archive_meta(Archive* a, const char* key, const char* value) {
     if (a->num_meta == 64) die("more than 64 entries of metadata in %s", a->path);
+    if (strlen(value) >= sizeof a->meta->value) die("--%s is too long to be stored", key);
     snprintf(a->meta[a->num_meta].key, sizeof a->meta->key, "%s", key);
     snprintf(a->meta[a->num_meta++].value, sizeof a->meta->value, "%s", value);
 }
@@ -1356,7 +1360,7 @@ static int text_find(const Text* t, const uint8_t* s, int n) {
     return -1;
 }
 // Length of the first word as GPT-2 cuts text: a suffix like 's; or letters, digits or other signs, with one
-// space before; or white space less the space of the next word. Exact for ASCII; the rest count as letters.
+// space before; or white space less the space of the next word. Exact for printable ASCII; the rest count as letters.
 static int text_kind(int c) { return c <= ' ' ? 0 : isalpha(c) || c > 127 ? 1 : isdigit(c) ? 2 : 3; }
 static int text_word(const uint8_t* s, int n) {
     static const char* const suffixes[] = {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"};
@@ -1528,11 +1532,12 @@ static void config_parse(Config* c, int argc, char** argv, const Archive* checkp
             value = argv[++i];
         }
         const char* before = option_get(c, o);
-        option_set(c, o, value, "");
+        option_set(c, o, checkpoint && strcmp(value, "auto") == 0 ? before : value, "");
         if (checkpoint && o->type[1] == 'm' && strcmp(before, option_get(c, o)) != 0)
             die("--%s %s does not fit checkpoint %s, which has %s", name, value, checkpoint->path, before);
     }
-    if (c->width % c->heads) die("--width %d is not a multiple of --heads %d", c->width, c->heads);
+    if (c->width % c->heads && (checkpoint || !(c->resume || *c->generate)))
+        die("--width %d is not a multiple of --heads %d", c->width, c->heads);
     if (c->tau < 0) c->tau = default_tau(c->layers);
     const float rates[2][2] = {{0.01f, 0.02f}, {3e-4f, 2e-3f}}, decays[2] = {1e-3f, 1e-4f};
     if (c->lr < 0) c->lr = rates[c->scheme][c->optimizer];
@@ -1602,10 +1607,9 @@ static long checkpoint_newest(const char* dir, int* logged) {
     *logged = 0;
     if (!d && errno != ENOENT) die("cannot open --out %s: %s", dir, strerror(errno));
     for (struct dirent* e; d && (e = readdir(d)); ) {
-        int end = 0;
         if (strcmp(e->d_name, "log.csv") == 0) *logged = 1;
-        sscanf(e->d_name, "ckpt_%8ld.safetensors%n", &step, &end);
-        if (end && !e->d_name[end] && step > newest) newest = step;
+        if (sscanf(e->d_name, "ckpt_%ld", &step) != 1 || step <= newest) continue;
+        if (strcmp(form("%s/%s", dir, e->d_name), checkpoint_path(dir, step)) == 0) newest = step;
     }
     if (d) closedir(d);
     return newest;
@@ -1683,31 +1687,24 @@ __attribute__((unused)) static const Device CPU = {
     "CPU", model_alloc_buffers, cpu_step, cpu_loss, cpu_next, cpu_fetch};
 
 // ---- Writing text --------------------------------------------------------------------------------------
-static int descending(const void* a, const void* b) {
-    float x = *(const float*)a, y = *(const float*)b;
-    return (x < y) - (x > y);
+typedef struct { float logit; int token; } Candidate;
+static int by_logit(const void* a, const void* b) {  // descending; of equals the lower token first
+    const Candidate *x = (const Candidate*)a, *y = (const Candidate*)b;
+    return x->logit != y->logit ? (x->logit < y->logit ? 1 : -1) : x->token - y->token;
 }
 static int sample_token(const float* logits, const Config* c, long position) {
-    float *sorted = scratch(SCRATCH_P, c->vocab), least = -INFINITY, max = -INFINITY;
-    int k = c->temperature == 0.0f ? 1 : c->top_k, last = 0;
+    const int V = c->vocab, k = c->temperature == 0.0f ? 1 : c->top_k ? (int)min_l(c->top_k, V) : V;
+    Candidate* list = (Candidate*)scratch(SCRATCH_P, 2L * V);
     double sum = 0, u = random_uniform(c->seed, stream_of("sample"), (uint64_t)position);
-    memcpy(sorted, logits, sizeof(float) * (size_t)c->vocab);
-    if (k > 0 && k < c->vocab) {
-        qsort(sorted, (size_t)c->vocab, sizeof(float), descending);
-        least = sorted[k - 1];
+    for (int v = 0; v < V; v++) list[v].logit = logits[v], list[v].token = v;
+    qsort(list, (size_t)V, sizeof *list, by_logit);
+    for (int i = 0; i < k; i++) {  // from logits to probabilities, up to their sum
+        list[i].logit = expf((list[i].logit - logits[list[0].token]) / fmaxf(c->temperature, 1e-6f));
+        sum += list[i].logit;
     }
-    for (int v = 0; v < c->vocab; v++) max = logits[v] > max ? logits[v] : max;
-    for (int pass = 0; pass < 2; pass++) {  // the first pass sums, the second finds the token at the share u
-        double rest = u * sum;
-        for (int v = 0; v < c->vocab; v++) {
-            if (!(logits[v] >= least)) continue;
-            double p = exp((logits[v] - max) / fmaxf(c->temperature, 1e-6f));
-            last = v;
-            if (pass == 0) sum += p;
-            else if ((rest -= p) < 0) return v;
-        }
-    }
-    return last;
+    double rest = u * sum;
+    for (int i = 0; i < k - 1; i++) if ((rest -= list[i].logit) < 0) return list[i].token;
+    return list[k - 1].token;
 }
 
 // Writes `count` tokens after the prompt. Earlier positions keep their keys and values; when the model's
@@ -1801,13 +1798,14 @@ static FILE* open_log(const Model* m, const char* name, const char* header) {
     FILE *old = m->step > 0 ? fopen(path, "r") : NULL, *f = fopen(temporary, "w");
     if (!f) die("cannot write %s: %s", temporary, strerror(errno));
     fprintf(f, "%s\n", header);
-    while (old && fgets(line, sizeof line, old)) if (atol(line) > 0 && atol(line) <= m->step) fputs(line, f);
+    while (old && fgets(line, sizeof line, old))  // a line that a crash cut off is dropped
+        if (strchr(line, '\n') && atol(line) > 0 && atol(line) <= m->step) fputs(line, f);
     if (old) fclose(old);
     if (fflush(f) != 0 || rename(temporary, path) != 0) die("cannot write %s: %s", path, strerror(errno));
     return f;
 }
 
-// Mean loss of up to 64 sequences, spread evenly over the split and always the same.
+// Mean loss of about 64 sequences, spread evenly over the split, the same ones each time.
 static double validate(Model* m, const Device* device, const Split* val) {
     const long T = m->c.seq, B = m->c.batch, most = min_l(64, val->count / T);
     const long batches = most > B ? most / B : 1, last = batches * B > 1 ? batches * B - 1 : 1;
