@@ -58,7 +58,7 @@ mutants: test_us
 
 # The same tests under the address and undefined-behaviour sanitizers.
 sanitize:
-	$(CC) -std=gnu11 -O1 -g $(NATIVE) $(FLOATS) $(WARN) $(OMP) -fsanitize=address,undefined -fno-sanitize-recover=all \
+	$(CC) -std=gnu11 -O2 -g $(NATIVE) $(FLOATS) $(WARN) $(OMP) -fsanitize=address,undefined -fno-sanitize-recover=all \
 	  test_us.c -o test_us_sanitized -lm
 	./test_us_sanitized
 

@@ -357,6 +357,10 @@ static double meta_number(const Archive* a, const char* key) {
     if (!value) die("%s lacks %s", a->path, key);
     return atof(value);
 }
+static void forget(Tokens* t) {
+    for (int i = 0; i < t->num_shards; i++) free((char*)t->shards[i].path);
+    free(t->shards);
+}
 static void text_file(char* path, size_t size, const char* name) {
     snprintf(path, size, "%s/%s", work, name);
 }
@@ -580,7 +584,7 @@ static void test_unit_scale(void) {
                               "%s: format", r->name);
                     }
                 }
-                model_free(&m);
+                model_free(&m), forget(&tokens);
             }
             if (!scaled)
                 check(dead > 0.5, "width %d: without S only %.1f %% of the gradients are flushed", width,
@@ -685,6 +689,7 @@ static void test_data(void) {
     tokens_read(&split, 170, 40, in, out);
     for (int i = 0; i < 40; i++) wrong += in[i] != tokens[180 + i] || out[i] != tokens[181 + i];
     check(wrong == 0, "a window across two shards");
+    forget(&t);
     for (int big = 0; big < 2; big++) {  // every epoch visits every window once, in another order
         const long count = big ? 100003 : 23, T = big ? 10 : 10, n = (count - T) / T;
         char* seen = (char*)floats((double)n);
@@ -1118,7 +1123,7 @@ static void test_generate(void) {
         check(memcmp(whole, buffer(&m, 0, A_LOGITS, 89), 256 * sizeof(float)) == 0, "%s: incremental logits",
               SCHEMES[scheme].name);
         free(whole);
-        model_free(&m);
+        model_free(&m), forget(&tokens);
     }
     Config c = small_config();
     float logits[256];
@@ -1187,6 +1192,7 @@ static void test_accumulation(void) {
         m[i] = text_model(c, &tokens, "train_us.c");
         Split all = {&tokens, 0, tokens.count};
         r[i] = cpu_step(&m[i], &all, 1e-3);
+        forget(&tokens);
     }
     check_below(fabs(r[0].loss / r[1].loss - 1), 1e-6, "two batches of 2:", "loss");
     check_below(fabs(r[0].norm / r[1].norm - 1), 1e-5, "two batches of 2:", "norm");
@@ -1231,7 +1237,7 @@ static void test_dump(void) {
     check(memcmp(x, buffer(&m, 1, A_X, 0), sizeof(float) * (size_t)(m.rows * 32)) == 0, "dump: act.h.1.x");
     check(state_entry(&a, "act.%s%s%s", "lnf", "", "")->shape[2] == 32 && a.num_entries == 4 + 42 + 2 + 16,
           "dump: %d tensors", a.num_entries);
-    free(logits), free(a.entries), model_free(&m);
+    free(logits), free(a.entries), model_free(&m), forget(&tokens);
 }
 
 // What generate asks a device for: a stand-in checks the window it is shown, and always answers with the next letter.

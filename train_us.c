@@ -584,7 +584,7 @@ static const Scheme SCHEMES[] = {
 // All settings of a run. The command line fills it; a checkpoint stores it.
 enum { LION, ADAMW };
 typedef struct {
-    char *input, *val, *tokenizer, *out, *dump, *generate, *prompt;
+    const char *input, *val, *tokenizer, *out, *dump, *generate, *prompt;
     int scheme, layers, width, heads, seq, activation, batch, accum, steps, optimizer, warmup, base_width;
     int precision, eval_every, sample_every, stats_every, save_every, resume, tokens, top_k, help;
     float tau, lr, decay, temperature;
@@ -1461,7 +1461,7 @@ static int choice(char to[16], const char* choices, int i) {
 }
 static void option_set(Config* c, const Option* o, const char* value, const char* where) {
     char *end = NULL, *field = (char*)c + o->offset, name[16];
-    if (*o->type == 's') *(char**)field = strdup(value);
+    if (*o->type == 's') *(const char**)field = value;
     else if (o->choices) {
         int i = 0;
         while (choice(name, o->choices, i) && strcmp(name, value) != 0) i++;
@@ -1921,7 +1921,7 @@ __attribute__((unused)) static int run(int argc, char** argv, const Device* devi
     static Text text;
     static Split training, validation;
     static Archive checkpoint;
-    const char *path = NULL, *tokenizer = NULL;
+    static const char *path, *tokenizer;
     config_parse(&c, argc, argv, NULL);
     if (c.help || argc < 2) { print_help(); return c.help ? 0 : 1; }
     if (*c.generate) path = c.generate;
