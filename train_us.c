@@ -3,8 +3,7 @@ train_us.c: µnit Scaling (µS), the whole recipe, in one file of plain C.
 
 µS trains a language model in FP8 without a single dynamic scale factor: every matrix starts as N(0,1), every
 matmul carries a constant that keeps its output at unit variance, every residual sum preserves variance: each
-tensor stays where an 8-bit float can represent it. This file is the readable reference; it runs on any CPU,
-and train_us.cu includes it for everything that is not a GPU kernel.
+tensor stays where an 8-bit float can represent it. This file is the readable reference; it runs on any CPU.
 
   [µS]   Narayan, Gupta, Paul, Blalock: µnit Scaling: Simple and Scalable FP8 LLM Training. arXiv 2502.05967
   [u-µP] Blake et al.: u-µP: The Unit-Scaled Maximal Update Parametrization. arXiv 2407.17465
@@ -1648,7 +1647,7 @@ static void dump(Model* m, const Split* train) {
 }
 
 // ---- Device --------------------------------------------------------------------------------------------
-// A device does the arithmetic of a run; train_us.cu brings another one.
+// A device does the arithmetic of a run. This file has one; another, with the same functions, could be a GPU.
 typedef struct { double loss, norm; const Tensor* bad; } StepResult;  // bad: its gradient is not finite
 typedef struct {
     const char* name;
