@@ -1359,7 +1359,8 @@ static int text_find(const Text* t, const uint8_t* s, int n) {
     return -1;
 }
 // Length of the first word as GPT-2 cuts text: a suffix like 's; or letters, digits or other signs, with one
-// space before; or white space less the space of the next word. Exact for printable ASCII; the rest count as letters.
+// space before; or white space less the space of the next word. Exact for printable ASCII; bytes above it count
+// as letters.
 static int text_kind(int c) { return c <= ' ' ? 0 : isalpha(c) || c > 127 ? 1 : isdigit(c) ? 2 : 3; }
 static int text_word(const uint8_t* s, int n) {
     static const char* const suffixes[] = {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"};
@@ -1422,14 +1423,16 @@ static const Option OPTIONS[] = {
     {"batch", "8", 0, "is", AT(batch), 1, 65536, "sequences at a time"},
     {"accum", "1", 0, "is", AT(accum), 1, 65536, "batches in one step"},
     {"steps", "1500", 0, "is", AT(steps), 1, 1e9, "of the optimizer"},
-    {"optimizer", "adamw", "lion|adamw", "im", AT(optimizer), 0, 0, ""},
+    {"optimizer", "adamw", "lion|adamw", "im", AT(optimizer), 0, 0,
+     "[µS] uses lion; a small batch learns better with adamw"},
     {"lr", "auto", 0, "fs", AT(lr), 1e-12, 1e3,
      "peak learning rate, at base width; auto: by scheme and optimizer"},
     {"warmup", "50", 0, "is", AT(warmup), 0, 1e9, "steps of linear warm-up; then a cosine down to 10 %"},
     {"decay", "auto", 0, "fs", AT(decay), 0, 1, "weight decay of a step at peak rate; auto: by scheme"},
     {"base-width", "256", 0, "is", AT(base_width), 1, 65536,
      "width at which hidden matrices learn at --lr too"},
-    {"precision", "fp8", "fp32|bf16|fp8", "is", AT(precision), 0, 0, ""},
+    {"precision", "fp8", "fp32|bf16|fp8", "is", AT(precision), 0, 0,
+     "number formats of the matmuls and between them"},
     {"seed", "1", 0, "us", AT(seed), 0, 0x1p64, "of weights, batches and samples"},
     {NULL, "", 0, "", 0, 0, 0, "Reports, every N steps (0: never)"},
     {"eval-every", "100", 0, "is", AT(eval_every), 0, 1e9, "validation loss"},

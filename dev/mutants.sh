@@ -46,7 +46,7 @@ scheme: tau and 1-tau swapped | s/m->a = m->scheme->use_tau ? sqrtf(1.0f - c->ta
 scheme: head scaled by the root of C | s/0.70710678f, -0.5f, -1.0f/0.70710678f, -0.5f, -0.5f/
 scheme: out and down of sp start as wide as the others | s/1.0f, 0.0f, 0.0f, 0.02f, -0.5f/1.0f, 0.0f, 0.0f, 0.02f, 0.0f/
 backward: the stream's gradient without sqrt(1-tau) | s/weighted_sum(dx, m->a, dx, 1.0f, dinput/weighted_sum(dx, 1.0f, dx, 1.0f, dinput/
-backward: S without the accumulated batches | s/(double)m->rows \* c->accum \/ tensor/(double)m->rows \/ tensor/
+backward: S without the accumulated batches | s/(double)m->rows \* c->accum \* pow/(double)m->rows * pow/
 accumulation: each batch starts the gradient anew | s/        r.loss += model_loss/        memset(m->grads, 0, sizeof(float) * (size_t)m->num_params), r.loss += model_loss/
 accumulation: losses are added, not averaged | s/model_loss(m, 1) \/ m->c.accum/model_loss(m, 1)/
 dump: parameters for gradients | s/"grad.", m->grads/"grad.", m->params/
