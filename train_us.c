@@ -1359,8 +1359,8 @@ static int text_find(const Text* t, const uint8_t* s, int n) {
     return -1;
 }
 // Length of the first word as GPT-2 cuts text: a suffix like 's; or letters, digits or other signs, with one
-// space before; or white space less the space of the next word. Exact for printable ASCII; bytes above it count
-// as letters.
+// space before; or white space less the space of the next word. Exact for printable ASCII; bytes above it
+// count as letters.
 static int text_kind(int c) { return c <= ' ' ? 0 : isalpha(c) || c > 127 ? 1 : isdigit(c) ? 2 : 3; }
 static int text_word(const uint8_t* s, int n) {
     static const char* const suffixes[] = {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"};
