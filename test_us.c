@@ -217,9 +217,8 @@ static void test_matmul(void) {
 
 // -----------------------------------------------------------------------------------------------------------
 // Every layer's backward against central differences of its forward, without any oracle. The scalar is sum(r
-// * out)
-// with random r. In FP32 with a step h of 1/64 the difference is good to about 1e-7 / h + h^2 of the largest
-// gradient: 3e-4; the bound is 2e-3.
+// * out) with random r. In FP32 with a step h of 1/64 the difference is good to about 1e-7 / h + h^2 of the
+// largest gradient: 3e-4; the bound is 2e-3.
 
 typedef struct {
     int kind;  // which layer
@@ -376,16 +375,13 @@ static const Entry* state_entry(const Archive* a, const char* format, const char
                                 const char* z) {
     char name[64];
     snprintf(name, sizeof name, format, x, y, z);
-    for (int i = 0; i < a->num_entries; i++) if (strcmp(a->entries[i].name, name) == 0) return &a->entries[i];
-    die("%s lacks %s", a->path, name);
+    return archive_tensor(a, name);
 }
 
 // FP32 is held to 1e-5 of each tensor's norm. In FP8 the sums' order decides some roundings, and one flipped
-// E4M3 or
-// BF16 rounding moves everything behind it: so the reference was run many times with its FP32 sums in random
-// orders, and
-// the file holds how far each tensor moved ("spread"). The bound is 4 times that, and at least the FP32
-// bound.
+// E4M3 or BF16 rounding moves everything behind it: so the reference was run many times with its FP32 sums in
+// random orders, and the file holds how far each tensor moved ("spread"). The bound is 4 times that, and at
+// least the FP32 bound.
 static void check_tensors(const Model* m, const float* data, const float* base, const Archive* a,
                           const char* prefix, const char* scheme_param, const char* spread,
                           const char* what) {
@@ -489,9 +485,8 @@ static void test_oracle(void) {
 }
 
 // The true gradient is grads / S, for both schemes, all activations and accumulated batches: central
-// differences along
-// the gradient itself, where the slope of the loss is its norm. The bound is the curvature's share at this
-// step.
+// differences along the gradient itself, where the slope of the loss is its norm. The bound is the
+// curvature's share at this step.
 static void test_model_gradient(void) {
     for (int scheme = 0; scheme < 2; scheme++)
         for (int activation = GELU; activation <= SILU; activation++) {
@@ -607,8 +602,8 @@ static void test_unit_scale(void) {
         }
 }
 // [µS] eq. 6: attention over k independent values has variance e/k - (e-1)/k^2 where scores are unit normal.
-// The formula
-// takes the sum of the exponentials as its mean: exact at k = 1, and off by a share that falls as 1/k.
+// The formula takes the sum of the exponentials as its mean: exact at k = 1, and off by a share that falls as
+// 1/k.
 static void test_attention_variance(void) {
     const long B = 16, T = 256, C = 2048, H = 128;
     float *qkv = normals(B * T * 3 * C, 1, "qkv"), *y = floats((double)(B * T * C));
@@ -770,8 +765,7 @@ static void read_text(const char* path, char* to, size_t size) {
     if (f) fclose(f);
 }
 // Runs `flags` as a shell would split them, with %s standing for the directory of the tests. threads 0: as
-// they are;
-// limit > 0: no file may grow beyond it, as on a full disk; seconds > 0: a signal after that time.
+// they are; limit > 0: no file may grow beyond it, as on a full disk; seconds > 0: a signal after that time.
 static const Run* run_with(const char* flags, int threads, long limit, int signal, double after) {
     char command[8192], out[1100], err[1100], text[32];
     text_file(out, sizeof out, "out.txt"), text_file(err, sizeof err, "err.txt");
@@ -820,7 +814,8 @@ static int same_files(const char* a, const char* b) {
     snprintf(command, sizeof command, "cmp -s '%s/%s' '%s/%s'", work, a, work, b);
     return system(command) == 0;
 }
-#define SMALL "--layers 2 --width 64 --heads 2 --seq 32 --batch 8 --eval-every 0 --tokens 1 --optimizer adamw "
+#define SMALL \
+    "--layers 2 --width 64 --heads 2 --seq 32 --batch 8 --eval-every 0 --tokens 1 --optimizer adamw "
 #define TINY "--layers 2 --width 32 --heads 2 --seq 16 --batch 3 --eval-every 0 --tokens 8 "
 
 static void test_command_line(void) {
@@ -983,8 +978,10 @@ static void test_checkpoints(void) {
           "resuming a run that is done");
     check_fails("--input train_us.c --out %s/run " TINY, "holds a run already");
     shell("cp README.md '%s/notes[1].txt' && printf '9' >>'%s/half/log.csv' && rm '%s'/half/*8.safetensors");
-    check(run_us("--input '%s/notes[1].txt' --steps 1 " TINY)->status == 0, "brackets in a name: %s", result.err);
-    check(run_us("--out %s/half --resume --tau auto --heads 2 --lr auto")->status == 0, "the same flags again: %s", result.err);
+    check(run_us("--input '%s/notes[1].txt' --steps 1 " TINY)->status == 0, "brackets in a name: %s",
+          result.err);
+    check(run_us("--out %s/half --resume --tau auto --heads 2 --lr auto")->status == 0,
+          "the same flags again: %s", result.err);
     shell("cut -d, -f1-5 '%s/half/log.csv' >'%s/half.txt'");
     check(same_files("run.txt", "half.txt"), "a log cut off in a line is mended");
     check_fails("--out %s/run --resume --width 64", "--width 64 does not fit checkpoint");
@@ -1137,7 +1134,8 @@ static void test_generate(void) {
     for (long i = 0; i < 30000; i++) cold += sample_token(logits, &c, i) == 0;
     check(labs(cold - 6000) < 350, "samples follow the temperature: %ld of 30000", cold);
     logits[7] = logits[1], c.temperature = 0;
-    check(sample_token(logits, &c, 1) == 1 && sample_token(logits, &c, 2) == 1, "of equals the first is taken");
+    check(sample_token(logits, &c, 1) == 1 && sample_token(logits, &c, 2) == 1,
+          "of equals the first is taken");
     check(labs(counts[0] - 10000) < 500 && counts[2] == 0, "samples follow the probabilities: %ld of 30000",
           counts[0]);
 }
@@ -1159,8 +1157,8 @@ static void test_held_out(void) {
     check(strstr(r->out, "20000 bytes to train on") != NULL, "with --val all of --input is trained on");
 }
 
-// A short run learns more than how often each byte occurs (the entropy of the bytes, computed from the text), and
-// FP8 follows FP32: seeds differ by about 2 % after so few steps, and so may they.
+// A short run learns more than how often each byte occurs (the entropy of the bytes, computed from the text),
+// and FP8 follows FP32: seeds differ by about 2 % after so few steps, and so may they.
 static void test_training(void) {
     static char text[60000];
     char path[1100];
@@ -1177,7 +1175,8 @@ static void test_training(void) {
         const char* found = strstr(r->out, "validation loss ");
         end[i] = found ? atof(found + 16) : NAN;
     }
-    check(end[0] < entropy - 0.5, "100 steps end at a loss of %.3f, the bytes' entropy is %.3f", end[0], entropy);
+    check(end[0] < entropy - 0.5, "100 steps end at a loss of %.3f, the bytes' entropy is %.3f", end[0],
+          entropy);
     check(fabs(end[1] / end[0] - 1) <= 0.02, "fp8 ends at %.3f, fp32 at %.3f", end[1], end[0]);
 }
 
@@ -1205,7 +1204,8 @@ static void test_accumulation(void) {
 static void test_dump(void) {
     char path[1100], name[64];
     static Archive a;
-    const Run* r = run_us("--input train_us.c --precision bf16 --optimizer lion --dump %s/dump.safetensors " TINY);
+    const Run* r =
+        run_us("--input train_us.c --precision bf16 --optimizer lion --dump %s/dump.safetensors " TINY);
     check(r->status == 0, "--dump: %s", r->err);
     text_file(path, sizeof path, "dump.safetensors");
     archive_read(&a, path);
@@ -1220,18 +1220,23 @@ static void test_dump(void) {
     model_loss(&m, 1);
     model_backward(&m);
     check(*(const float*)archive_find(&a, "loss", 1, 1) == loss, "dump: loss");
-    check(memcmp(state_entry(&a, "logits%s%s%s", "", "", "")->data, logits, sizeof(float) * (size_t)(m.rows * 256)) == 0,
+    check(memcmp(state_entry(&a, "logits%s%s%s", "", "", "")->data, logits,
+                 sizeof(float) * (size_t)(m.rows * 256)) == 0,
           "dump: logits");
-    check(memcmp(state_entry(&a, "tokens%s%s%s", "", "", "")->data, m.inputs, sizeof(int) * (size_t)m.rows) == 0,
+    check(memcmp(state_entry(&a, "tokens%s%s%s", "", "", "")->data, m.inputs, sizeof(int) * (size_t)m.rows) ==
+              0,
           "dump: tokens");
-    check(meta_number(&a, "grad_scale") == 48 * 32 && strcmp(archive_get(&a, "scheme"), "us") == 0, "dump: metadata");
+    check(meta_number(&a, "grad_scale") == 48 * 32 && strcmp(archive_get(&a, "scheme"), "us") == 0,
+          "dump: metadata");
     for (int i = 0; i < m.num_tensors; i++) {
         const Tensor* t = &m.tensors[i];
         const size_t bytes = sizeof(float) * (size_t)(t->rows * t->cols);
         snprintf(name, sizeof name, "param.%s", t->name);
-        check(memcmp(archive_find(&a, name, t->rows, t->cols), m.params + t->offset, bytes) == 0, "dump: %s", name);
+        check(memcmp(archive_find(&a, name, t->rows, t->cols), m.params + t->offset, bytes) == 0, "dump: %s",
+              name);
         snprintf(name, sizeof name, "grad.%s", t->name);
-        check(memcmp(archive_find(&a, name, t->rows, t->cols), m.grads + t->offset, bytes) == 0, "dump: %s", name);
+        check(memcmp(archive_find(&a, name, t->rows, t->cols), m.grads + t->offset, bytes) == 0, "dump: %s",
+              name);
     }
     const float* x = (const float*)state_entry(&a, "act.h.1.%s%s%s", "x", "", "")->data;
     check(memcmp(x, buffer(&m, 1, A_X, 0), sizeof(float) * (size_t)(m.rows * 32)) == 0, "dump: act.h.1.x");
@@ -1240,7 +1245,8 @@ static void test_dump(void) {
     free(logits), free(a.entries), model_free(&m), forget(&tokens);
 }
 
-// What generate asks a device for: a stand-in checks the window it is shown, and always answers with the next letter.
+// What generate asks a device for: a stand-in checks the window it is shown, and always answers with the next
+// letter.
 static int window_errors, window_calls;
 static const float* alphabet_next(Model* m, long t0, long T) {
     static float logits[256];
@@ -1265,17 +1271,23 @@ static void test_window(void) {
     fflush(stdout), dup2(null, STDOUT_FILENO);
     generate(&m, &fake, &text, 40);
     fflush(stdout), dup2(out, STDOUT_FILENO), close(out), close(null);
-    check(window_calls == 40 && window_errors == 0, "%d calls, %d windows are wrong", window_calls, window_errors);
+    check(window_calls == 40 && window_errors == 0, "%d calls, %d windows are wrong", window_calls,
+          window_errors);
     model_free(&m);
 }
 
 // -----------------------------------------------------------------------------------------------------------
 
 #define TEST(name) {#name, test_##name}
-static const struct { const char* name; void (*test)(void); } TESTS[] = {
-    TEST(formats), TEST(random), TEST(exp), TEST(matmul), TEST(activations), TEST(gradients), TEST(table), TEST(data),
-    TEST(text), TEST(oracle), TEST(model_gradient), TEST(accumulation), TEST(generate), TEST(window), TEST(held_out),
-    TEST(dump), TEST(unit_scale), TEST(attention_variance), TEST(training), TEST(command_line), TEST(bad_files),
+static const struct { const char* name; void (*test)(void);
+} TESTS[] = {
+    TEST(formats),     TEST(random),         TEST(exp),
+    TEST(matmul),      TEST(activations),    TEST(gradients),
+    TEST(table),       TEST(data),           TEST(text),
+    TEST(oracle),      TEST(model_gradient), TEST(accumulation),
+    TEST(generate),    TEST(window),         TEST(held_out),
+    TEST(dump),        TEST(unit_scale),     TEST(attention_variance),
+    TEST(training),    TEST(command_line),   TEST(bad_files),
     TEST(checkpoints),
 };
 

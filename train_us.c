@@ -1133,11 +1133,13 @@ static const char* archive_get(const Archive* a, const char* key) {
     for (int i = 0; i < a->num_meta; i++) if (strcmp(a->meta[i].key, key) == 0) return a->meta[i].value;
     return NULL;
 }
-// Data of the F32 tensor `name` of this shape (a vector has 1 row); ends the program if it is not there.
+static const Entry* archive_tensor(const Archive* a, const char* name) {  // or the program ends
+    for (int i = 0; i < a->num_entries; i++) if (strcmp(a->entries[i].name, name) == 0) return &a->entries[i];
+    die("%s has no tensor %s", a->path, name);
+}
+// Data of the F32 tensor `name`, which has to be of this shape (a vector has 1 row).
 static const void* archive_find(const Archive* a, const char* name, long rows, long cols) {
-    const Entry* e = a->entries;
-    while (e < a->entries + a->num_entries && strcmp(e->name, name) != 0) e++;
-    if (e == a->entries + a->num_entries) die("%s has no tensor %s", a->path, name);
+    const Entry* e = archive_tensor(a, name);
     int matrix = e->dims == 2 && e->shape[0] == rows && e->shape[1] == cols;
     int vector = e->dims == 1 && e->shape[0] == rows * cols;
     if (!(matrix || vector) || strcmp(e->dtype, "F32") != 0)

@@ -1,9 +1,9 @@
 /*
 bench.c: how fast the CPU trainer is, and where its time goes. `make bench`, or ./bench_us SECONDS.
 
-Two shapes: a small byte model, and GPT-2 124M at a short context. For each, in FP32 and in FP8, whole optimizer
-steps (forward, backward, update) are run in turn, and the fastest of each is printed: on a machine that does
-other things too, that is the one disturbed least. FLOPs per token = 6 (12 L C^2 + Vp C) + 6 L C T.
+Two shapes: a small byte model, and GPT-2 124M at a short context. For each, in FP32 and in FP8, whole
+optimizer steps (forward, backward, update) are run in turn, and the fastest of each is printed: on a machine
+that does other things too, that is the one disturbed least. FLOPs per token = 6 (12 L C^2 + Vp C) + 6 L C T.
 */
 #define US_NO_MAIN
 #include "../train_us.c"
