@@ -1,10 +1,14 @@
-# make            the trainer                     make test    all tests
-# make train      train on this project's sources  make bench   speed, and where the time goes
+# make              the CPU trainer                  make test     all tests, of what this machine has
+# make train        train on this project's sources  make bench    speed on the CPU, and where the time goes
+# make train_us_cuda    the GPU trainer (needs the CUDA Toolkit); make gpu: its tests and its speed, on a GPU
+# make train_us_emu     the GPU trainer on a CPU (dev/emu)
 # make CC=clang   another compiler; make OMP= builds without OpenMP
 CC ?= gcc
 ifeq ($(origin CC),default)
 CC := gcc
 endif
+# The C++ compiler of the same make, for the emulator.
+CXX := $(if $(findstring clang,$(CC)),clang++,g++)
 
 # The machine's own instructions; vectors as wide as its registers (matmul's tile counts on it).
 NATIVE := $(if $(filter arm64 aarch64,$(shell uname -m)),-mcpu=native,-march=native)
@@ -37,8 +41,54 @@ test_us: test_us.c train_us.c .flags
 bench_us: dev/bench.c train_us.c .flags
 	$(BUILD) dev/bench.c -o $@ -lm
 
-test: test_us
+# ---- The GPU trainer. ARCH: the card in this machine, or sm_80, sm_90, ... for another.
+NVCC  ?= nvcc
+ARCH  ?= native
+comma := ,
+space := $(subst ,, )
+# (nvcc hands its host compiler other text than ours: parentheses gone, lifetimes hidden.)
+HOST   = -O3 $(NATIVE) $(FLOATS) $(WARN) -Wno-unused-function -Wno-parentheses -Wno-dangling-pointer -fopenmp
+CUDA   = $(NVCC) -std=c++17 -O3 -arch=$(ARCH) $(if $(WERROR),-Werror all-warnings) -Xcompiler $(subst $(space),$(comma),$(strip $(HOST)))
+GPU    = train_us.cu train_us.c
+
+train_us_cuda: $(GPU)
+	$(CUDA) train_us.cu -o $@ -lcublasLt
+
+test_us_cuda: test_us.c $(GPU)
+	$(CUDA) -x cu -DUS_SOURCE=\"train_us.cu\" test_us.c -o $@ -lcublasLt
+
+bench_gpu: dev/bench_gpu.cu $(GPU)
+	$(CUDA) dev/bench_gpu.cu -o $@ -lcublasLt
+
+gpu:
+	dev/gpu.sh
+
+# ---- The same source on a CPU: sed makes C++ of it, dev/emu has what the CUDA Toolkit has.
+EMU   := $(wildcard dev/emu/*.cpp dev/emu/*.h)
+CPP    = $(CXX) -std=gnu++17 -g $(NATIVE) $(FLOATS) $(WARN) -Wno-unused-function $(OMP) -Idev/emu -I.
+EMU_O ?= -O2
+
+out/%.cpp: %.cu dev/emu/cuda.sed
+	@mkdir -p $(@D)
+	(echo '#line 1 "$<"'; sed -E -f dev/emu/cuda.sed $<) >$@
+
+out/emu.o: dev/emu/emu.cpp $(EMU) .flags
+	@mkdir -p $(@D)
+	$(CPP) -O2 -c dev/emu/emu.cpp -o $@
+
+train_us_emu: out/train_us.cpp out/emu.o train_us.c $(EMU)
+	$(CPP) $(EMU_O) out/train_us.cpp out/emu.o -o $@
+
+test_us_emu: test_us.c out/train_us.cpp out/emu.o train_us.c $(EMU)
+	$(CPP) $(EMU_O) -x c++ '-DUS_SOURCE="out/train_us.cpp"' test_us.c -x none out/emu.o -o $@
+
+# ---- Tests
+test: test_us test_us_emu
 	./test_us
+	OMP_NUM_THREADS=1 ./test_us_emu
+	OMP_NUM_THREADS=1 EMU_SEED=1 ./test_us_emu step_by_step
+	@if command -v nvidia-smi >/dev/null && nvidia-smi -L | grep -q GPU; then $(MAKE) test_us_cuda && ./test_us_cuda; \
+	else echo "no GPU here: the tests of the CUDA source ran on the emulator only"; fi
 
 # The text of `make train` is this project itself: no download.
 out/self.txt: train_us.c test_us.c README.md Makefile dev/reference.py
@@ -57,12 +107,12 @@ mutants: test_us
 	dev/mutants.sh
 
 # The same tests under the address and undefined-behaviour sanitizers.
+CHECK = -g -fsanitize=address,undefined -fno-sanitize-recover=all
 sanitize:
-	$(CC) -std=gnu11 -O2 -g $(NATIVE) $(FLOATS) $(WARN) $(OMP) -fsanitize=address,undefined -fno-sanitize-recover=all \
-	  test_us.c -o test_us_sanitized -lm
+	$(CC) -std=gnu11 -O2 $(NATIVE) $(FLOATS) $(WARN) $(OMP) $(CHECK) test_us.c -o test_us_sanitized -lm
 	./test_us_sanitized
 
 clean:
-	rm -rf train_us test_us test_us_sanitized bench_us out .flags
+	rm -rf train_us test_us test_us_sanitized bench_us train_us_emu test_us_emu train_us_cuda test_us_cuda bench_gpu out .flags
 
-.PHONY: all test train bench mutants sanitize clean FORCE
+.PHONY: all test train bench mutants sanitize gpu clean FORCE

@@ -45,6 +45,13 @@ static int max_threads(void) { return omp_in_parallel() ? 1 : omp_get_max_thread
 static int max_threads(void) { return 1; }
 #endif
 
+// What a GPU computes by the same formula is compiled for both.
+#ifdef __CUDACC__
+#define BOTH __host__ __device__
+#else
+#define BOTH
+#endif
+
 // ---- Small tools ---------------------------------------------------------------------------------------
 // Prints one line that says what is wrong and what to do, then exits with status 1.
 __attribute__((noreturn, format(printf, 1, 2))) static void die(const char* format, ...) {
@@ -111,8 +118,8 @@ static void lap(int kind) {
 static long min_l(long a, long b) { return a < b ? a : b; }
 static long div_up(long a, long b) { return (a + b - 1) / b; }
 
-static inline uint32_t float_bits(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
-static inline float bits_float(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
+BOTH static inline uint32_t float_bits(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
+BOTH static inline float bits_float(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
 
 // ---- Number formats ------------------------------------------------------------------------------------
 // Masters, optimizer state and weight gradients are FP32; what flows between operations is BF16; the operands
@@ -127,7 +134,7 @@ static const FormatInfo FORMATS[] = {
 };
 
 // To the nearest BF16 value, ties to even: add just under half a unit of the last kept bit, drop the rest.
-static inline float round_bf16(float x) {
+BOTH static inline float round_bf16(float x) {
     uint32_t u = float_bits(x);
     uint32_t r = (u + 0x7FFFu + ((u >> 16) & 1u)) & 0xFFFF0000u;
     return bits_float((u & 0x7FFFFFFFu) > 0x7F800000u ? u | 0x00400000u : r);
@@ -136,7 +143,7 @@ static inline float round_bf16(float x) {
 // To the nearest FP8 value, ties to even, clipped to +-max; NaN stays NaN, since a diverged run must show it.
 // Adding 1.0 * 2^(e+23-m) to |x| = 1.f * 2^e leaves exactly m mantissa bits, rounded by the FPU itself; below
 // the least normal, e stays at min_exponent, which gives the subnormals their fixed step.
-static inline float round_fp8(float x, Format format) {
+BOTH static inline float round_fp8(float x, Format format) {
     const int m = format == E4M3 ? 3 : 2;
     const uint32_t least = (uint32_t)((format == E4M3 ? -6 : -14) + 127) << 23;
     const uint32_t max = float_bits(format == E4M3 ? 448.0f : 57344.0f);
@@ -147,19 +154,20 @@ static inline float round_fp8(float x, Format format) {
 }
 
 // Code to value and back, for E4M3 and E5M2. The CPU computes with values only; a GPU stores the codes.
-__attribute__((unused)) static float fp8_decode(uint8_t code, Format format) {
-    int m = FORMATS[format].mantissa_bits, least = FORMATS[format].min_exponent;
-    int e = (code & 0x7F) >> m, f = code & ((1 << m) - 1);
-    float a = e == 0 ? ldexpf((float)f, least - m) : ldexpf((float)(f + (1 << m)), e - 1 + least - m);
-    if (format == E4M3 && (code & 0x7F) == 0x7F) a = NAN;
-    if (format == E5M2 && e == 31) a = f ? NAN : INFINITY;
-    return code & 0x80 ? -a : a;
+// Shifted to its place in a float, a code is the value times 2^(bias-127), subnormals included.
+BOTH static inline float fp8_scale(Format format, int sign) {  // 2^(sign * (127 - bias))
+    return bits_float((uint32_t)(127 + sign * (format == E4M3 ? 120 : 112)) << 23);
+}
+BOTH static inline float fp8_decode(uint8_t code, Format format) {
+    const uint32_t a = code & 0x7Fu, bits = a << (format == E4M3 ? 20 : 21), sign = (uint32_t)code >> 7 << 31;
+    if (a >= (format == E4M3 ? 0x7Fu : 0x7Du)) return NAN;
+    uint32_t finite = float_bits(bits_float(bits) * fp8_scale(format, 1));
+    return bits_float(sign | (format == E5M2 && a == 0x7C ? 0x7F800000u : finite));
 }
 __attribute__((unused)) static uint8_t fp8_encode(float x, Format format) {
-    float a = fabsf(round_fp8(x, format));
-    uint8_t code = 0;
-    while (code < 0x7F && fp8_decode(code, format) != a) code++;  // 0x7F is NaN
-    return (uint8_t)(code | (float_bits(x) >> 24 & 0x80u));
+    if (isnan(x)) return 0x7F;
+    uint32_t bits = float_bits(fabsf(round_fp8(x, format)) * fp8_scale(format, -1));
+    return (uint8_t)(bits >> (format == E4M3 ? 20 : 21) | (float_bits(x) >> 24 & 0x80u));
 }
 
 // One value as `format` stores it. An FP8 value is always rounded from the BF16 value (OURS), so that it can
@@ -313,7 +321,10 @@ static void matmul(float* out, long ld, Operand a, Operand b, long M, long N, lo
 
 // e^x to 2 units in the last place. A libm call would keep the loops over GELU and softmax from vectorizing.
 // e^x = 2^n e^r with n = round(x / ln 2), |r| <= ln(2)/2, e^r by its series; NaN passes through.
-static inline float fast_exp(float x) {
+BOTH static inline float fast_exp(float x) {
+#ifdef __CUDA_ARCH__
+    return __expf(x);  // a GPU has an instruction for it
+#endif
     x = x < -87.3f ? -87.3f : x > 88.3f ? 88.3f : x;
     float t = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are n
     float n = t - 12582912.0f, r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -321,7 +332,7 @@ static inline float fast_exp(float x) {
               r * 0.00138888889f)))));
     return p * bits_float((float_bits(t) << 23) + 0x3F800000u);
 }
-static inline float sigmoid(float x) { return 1.0f / (1.0f + fast_exp(-x)); }
+BOTH static inline float sigmoid(float x) { return 1.0f / (1.0f + fast_exp(-x)); }
 
 // Linear: Y = alpha X W^T. All three matmuls carry the same alpha ([µS] table 1); no biases.
 static void linear_forward(float* y, const float* x, const float* w,    // (N,O), (N,I), (O,I)
@@ -411,11 +422,13 @@ static void layernorm_backward(float* dx, float* dgain, float* dbias,           
 
 // Activations ([µS] A.7). GELU in its tanh form is x sigmoid(2u): 0.5 (1 + tanh(u)) = sigmoid(2u).
 typedef enum { GELU, RELU, SILU } Activation;
-static inline float gelu_2u(float x) { return 1.5957691216f * (x + 0.044715f * x * x * x); }  // 2 sqrt(2/pi)
-static inline float activate(float x, Activation kind) {
+BOTH static inline float gelu_2u(float x) {
+    return 1.5957691216f * (x + 0.044715f * x * x * x);  // 2 sqrt(2/pi)
+}
+BOTH static inline float activate(float x, Activation kind) {
     return kind == RELU ? (x < 0.0f ? 0.0f : x) : x * sigmoid(kind == GELU ? gelu_2u(x) : x);
 }
-static inline float activation_slope(float x, Activation kind) {
+BOTH static inline float activation_slope(float x, Activation kind) {
     if (kind == RELU) return x > 0.0f ? 1.0f : 0.0f;
     float s = sigmoid(kind == GELU ? gelu_2u(x) : x);
     float inner = kind == GELU ? 1.5957691216f * (1.0f + 0.134145f * x * x) : 1.0f;
@@ -585,7 +598,7 @@ enum { LION, ADAMW };
 typedef struct {
     const char *input, *val, *tokenizer, *out, *dump, *generate, *prompt;
     int scheme, layers, width, heads, seq, activation, batch, accum, steps, optimizer, warmup, base_width;
-    int precision, eval_every, sample_every, stats_every, save_every, resume, tokens, top_k, help;
+    int precision, recompute, eval_every, sample_every, stats_every, save_every, resume, tokens, top_k, help;
     float tau, lr, decay, temperature;
     uint64_t seed;
     int vocab;  // V: 256 for bytes, 50257 for GPT-2's tokens; the data tells
@@ -667,14 +680,18 @@ static Tensor* tensor(const Model* m, int block, int kind) {  // any block for w
 }
 static float* param(const Model* m, int l, int kind) { return m->params + tensor(m, l, kind)->offset; }
 static float* grad(const Model* m, int l, int kind) { return m->grads + tensor(m, l, kind)->offset; }
+static int kept(const Model* m, int kind) {  // how often a buffer is there: --recompute keeps the stream only
+    return kind >= BLOCK_BUFFERS || (m->c.recompute && kind != A_X) ? 1 : m->c.layers;
+}
 static float* buffer(const Model* m, int block, int kind, long row) {
-    return m->buffers[kind] + (block * m->rows + row) * dim_of(&m->c, BUFFER_KINDS[kind].width);
+    long at = kept(m, kind) == 1 ? row : block * m->rows + row;
+    return m->buffers[kind] + at * dim_of(&m->c, BUFFER_KINDS[kind].width);
 }
 // Floats in a buffer. Without pre-LayerNorm a linear reads the stream itself.
 static double buffer_size(const Model* m, int kind) {
     if (m->scheme->norm_last && (kind == A_NORM1 || kind == A_NORM2)) return 0;
     double width = (double)dim_of(&m->c, BUFFER_KINDS[kind].width);
-    return width * (double)m->rows * (kind < BLOCK_BUFFERS ? m->c.layers : 1);
+    return width * (double)m->rows * kept(m, kind);
 }
 
 // tau depends on depth only: 0.4 at L = 4, about 0.1 at L = 100 ([µS] 3.1, fig. 5, 9); the power law is OURS.
@@ -702,7 +719,7 @@ static void model_layout(Model* m, const Config* c) {
         t->rows = dim_of(c, k->rows);
         t->cols = dim_of(c, k->fan_in);
         t->offset = m->num_params;
-        m->num_params += div_up(t->rows * t->cols, 16) * 16;
+        m->num_params += div_up(t->rows * t->cols, 256) * 256;  // every copy begins on a cache line
         float power = k->hidden ? m->scheme->hidden_power : k == &TENSORS[HEAD] ? m->scheme->head_power : 0;
         t->alpha = powf((float)t->cols, power);
         t->lr_factor = powf((float)c->width / (float)c->base_width, k->hidden ? m->scheme->lr_power : 0);
@@ -719,11 +736,14 @@ static void model_alloc_params(Model* m, int training) {
     if (training) m->grads = floats((double)m->num_params), m->m = floats((double)m->num_params);
     if (training && m->c.optimizer == ADAMW) m->v = floats((double)m->num_params);
 }
-static void model_alloc_buffers(Model* m) {
-    for (int k = 0; k < BUFFERS; k++) m->buffers[k] = floats(buffer_size(m, k));
+static void model_alloc_batch(Model* m) {
     m->inputs = (int*)floats((double)m->rows);
     m->targets = (int*)floats((double)m->rows);
     m->stats = (StatRow*)alloc(sizeof(StatRow) * (2.0 + 5.0 * m->c.layers));
+}
+static void model_alloc_buffers(Model* m) {
+    for (int k = 0; k < BUFFERS; k++) m->buffers[k] = floats(buffer_size(m, k));
+    model_alloc_batch(m);
 }
 static void model_free(Model* m) {
     void* const all[] = {m->params, m->grads, m->m, m->v, m->inputs, m->targets, m->tensors, m->stats};
@@ -745,12 +765,25 @@ static void model_init(Model* m) {
 }
 
 // ---- Unit-scale statistics -----------------------------------------------------------------------------
+typedef struct { float square, nonzero, flushed, saturated, max; } StatSums;  // of a part of a tensor
+static void stat_finish(Stat* s, const StatSums* sums, long parts, long n, Format format) {
+    double square = 0, nonzero = 0, flushed = 0, saturated = 0, max = 0;
+    for (long k = 0; k < parts; k++) {
+        square += sums[k].square, nonzero += sums[k].nonzero, flushed += sums[k].flushed;
+        saturated += sums[k].saturated, max = fmax(max, sums[k].max);
+    }
+    s->format = format;
+    s->rms = sqrt(square / (double)n);
+    s->max = max;
+    s->flushed = flushed / fmax(nonzero, 1);
+    s->saturated = saturated / (double)n;
+}
 // Is every tensor where its format can hold it? RMS and largest magnitude before the cast, the share of
 // non-zero values that the cast flushes to zero, and the share beyond its largest value.
 static void stat_measure(Stat* s, const float* x, long n, Format format) {
-    enum { CHUNK = 16384, SUMS = 5 };  // fixed, so that the sums do not depend on the number of threads
+    enum { CHUNK = 16384 };  // fixed, so that the sums do not depend on the number of threads
     const long chunks = div_up(n, CHUNK);
-    float* sums = scratch(SCRATCH_SUMS, chunks * SUMS);
+    StatSums* sums = (StatSums*)scratch(SCRATCH_SUMS, chunks * 5);
     #pragma omp parallel for schedule(static)
     for (long k = 0; k < chunks; k++) {
         float square = 0, max = 0, nonzero = 0, flushed = 0, saturated = 0;
@@ -764,32 +797,31 @@ static void stat_measure(Stat* s, const float* x, long n, Format format) {
             flushed += a != 0.0f && cast == 0.0f ? 1.0f : 0.0f;
             saturated += a > FORMATS[format].max ? 1.0f : 0.0f;
         }
-        const float chunk[SUMS] = {square, nonzero, flushed, saturated, max};
-        memcpy(sums + SUMS * k, chunk, sizeof chunk);
+        const StatSums chunk = {square, nonzero, flushed, saturated, max};
+        sums[k] = chunk;
     }
-    double total[SUMS] = {0, 0, 0, 0, 0}, max = 0;
-    for (long k = 0; k < chunks * SUMS; k++) {
-        total[k % SUMS] += sums[k];
-        if (k % SUMS == 4) max = fmax(max, sums[k]);
-    }
-    s->format = format;
-    s->rms = sqrt(total[0] / (double)n);
-    s->max = max;
-    s->flushed = total[2] / fmax(total[1], 1);
-    s->saturated = total[3] / (double)n;
+    stat_finish(s, sums, chunks, n, format);
 }
 // Rows: 0 the embeddings' sum; for each block qkv, out, up, down and the stream after it; last the head.
 static int stat_row(const Model* m, int block, int kind) {
     return kind == HEAD ? 1 + 5 * m->c.layers : 1 + 5 * block + kind;
 }
-static void stat_record(Model* m, int row, const char* name, int operand, const float* x, long n, Format f) {
-    if (!m->stats_on) return;
+static Stat* stat_at(Model* m, int row, const char* name, int operand) {
     snprintf(m->stats[row].name, sizeof m->stats[row].name, "%s", name);
-    stat_measure(&m->stats[row].stat[operand], x, n, f);
+    return &m->stats[row].stat[operand];
+}
+static void stat_record(Model* m, int row, const char* name, int operand, const float* x, long n, Format f) {
+    if (m->stats_on) stat_measure(stat_at(m, row, name, operand), x, n, f);
 }
 
 // ---- Forward and backward of the model -----------------------------------------------------------------
 // t0 > 0 continues one sequence (B = 1) whose earlier rows are there.
+
+// Tests look at every buffer as soon as it is written, n floats of it, and may replace them.
+static void (*watch)(Model* m, int block, int kind, long n);
+static void watched(Model* m, int block, int kind, long n) {
+    if (watch) watch(m, block, kind, n);
+}
 
 // A block is two branches, each x += branch(x) in its scheme's way: (LayerNorm,) a linear that widens,
 // attention or activation, a linear that narrows, (LayerNorm,) the weighted sum with the stream.
@@ -836,6 +868,35 @@ static void hidden_backward(Model* m, int l, int kind, float* dx, const float* d
     lap(LAP_LINEAR);
 }
 
+static void block_forward(Model* m, int l, long B, long t0, long T) {
+    const long C = m->c.width, N = B * T - t0;
+    const Format stream = m->hidden->stream;
+    for (int mlp = 0; mlp < 2; mlp++) {
+        const Branch* b = &BRANCHES[mlp];
+        const float* x = stream_before(m, l, mlp, t0);
+        float *wide = buffer(m, l, b->wide, t0), *inner = buffer(m, l, b->inner, t0);
+        float *last = buffer(m, l, b->last, t0), *out = buffer(m, l, b->out, t0);
+        if (!m->scheme->norm_last) {
+            norm_forward(m, l, mlp, buffer(m, l, b->norm, t0), x, NULL, t0, N);
+            watched(m, l, b->norm, N * C);
+        }
+        lap(LAP_NORM);
+        hidden_forward(m, l, b->first, wide, branch_input(m, l, mlp, t0), N);
+        watched(m, l, b->wide, N * (mlp ? 4 : 3) * C);
+        if (mlp) activation_forward(inner, wide, (Activation)m->c.activation, N * 4 * C, stream);
+        else attention_forward(buffer(m, l, A_Y, 0), buffer(m, l, A_QKV, 0), B, t0, T, C, m->c.heads, stream);
+        watched(m, l, b->inner, N * (mlp ? 4 : 1) * C);
+        lap(mlp ? LAP_ACTIVATION : LAP_ATTENTION);
+        hidden_forward(m, l, b->second, last, inner, N);
+        watched(m, l, b->last, N * C);
+        if (m->scheme->norm_last) norm_forward(m, l, mlp, out, last, x, t0, N);
+        else weighted_sum(out, m->a, x, m->b, last, N * C, stream);
+        watched(m, l, b->out, N * C);
+        lap(LAP_NORM);
+        if (mlp) stat_record(m, 5 * (l + 1), form("h.%d.x", l), 0, out, N * C, stream);
+    }
+}
+
 // m->inputs (B,T) -> A_LNF, the head's input, for rows t0 .. B*T-1.
 static void model_forward(Model* m, long B, long t0, long T) {
     const long C = m->c.width, N = B * T - t0;
@@ -843,28 +904,13 @@ static void model_forward(Model* m, long B, long t0, long T) {
     lap_last = seconds();
     embedding_forward(m->buffers[A_X0], m->inputs, param(m, 0, WTE), param(m, 0, WPE),
                       m->scheme->embedding_scale, B, t0, T, C, stream);
+    watched(m, 0, A_X0, N * C);
     stat_record(m, 0, "x", 0, m->buffers[A_X0], N * C, stream);
     lap(LAP_EMBED);
-    for (int i = 0; i < 2 * m->c.layers; i++) {
-        const int l = i / 2, mlp = i % 2;
-        const Branch* b = &BRANCHES[mlp];
-        const float* x = stream_before(m, l, mlp, t0);
-        float *wide = buffer(m, l, b->wide, t0), *inner = buffer(m, l, b->inner, t0);
-        float *last = buffer(m, l, b->last, t0), *out = buffer(m, l, b->out, t0);
-        if (!m->scheme->norm_last) norm_forward(m, l, mlp, buffer(m, l, b->norm, t0), x, NULL, t0, N);
-        lap(LAP_NORM);
-        hidden_forward(m, l, b->first, wide, branch_input(m, l, mlp, t0), N);
-        if (mlp) activation_forward(inner, wide, (Activation)m->c.activation, N * 4 * C, stream);
-        else attention_forward(buffer(m, l, A_Y, 0), buffer(m, l, A_QKV, 0), B, t0, T, C, m->c.heads, stream);
-        lap(mlp ? LAP_ACTIVATION : LAP_ATTENTION);
-        hidden_forward(m, l, b->second, last, inner, N);
-        if (m->scheme->norm_last) norm_forward(m, l, mlp, out, last, x, t0, N);
-        else weighted_sum(out, m->a, x, m->b, last, N * C, stream);
-        lap(LAP_NORM);
-        if (mlp) stat_record(m, 5 * (l + 1), form("h.%d.x", l), 0, out, N * C, stream);
-    }
+    for (int l = 0; l < m->c.layers; l++) block_forward(m, l, B, t0, T);
     const float* x = stream_before(m, m->c.layers, 0, t0);
     norm_forward(m, 0, FINAL, buffer(m, 0, A_LNF, t0), x, NULL, t0, N);
+    watched(m, 0, A_LNF, N * C);
     lap(LAP_NORM);
 }
 
@@ -886,8 +932,10 @@ static double model_loss(Model* m, int want_gradient) {
     double sum = 0;
     model_forward(m, m->c.batch, 0, m->c.seq);
     model_logits(m, 0, m->rows);
+    watched(m, 0, A_LOGITS, m->rows * m->vp);
     loss_forward_backward(m->buffers[A_LOSSES], m->buffers[A_LOGITS], m->targets, want_gradient,
                           m->loss_scale, m->rows, m->c.vocab, m->vp, m->head->stream);
+    if (want_gradient) watched(m, 0, A_LOGITS, m->rows * m->vp);
     lap(LAP_LOSS);
     for (long n = 0; n < m->rows; n++) sum += m->buffers[A_LOSSES][n];
     return sum / (double)m->rows;
@@ -903,25 +951,37 @@ static void model_backward(Model* m) {
     // dlogits lacks 1/N and both matmuls of the head lack alpha: that is the static scale S = N / alpha.
     stat_record(m, stat_row(m, 0, HEAD), "head", 2, dlogits, N * m->vp, f);
     matmul(dbranch, C, view(dlogits, m->vp, 1, f), view(head, 1, C, f), N, C, V, 1.0f, 0, stream);
+    watched(m, 0, D_BRANCH, N * C);
     matmul(grad(m, 0, HEAD), C, view(dlogits, 1, m->vp, f), view(lnf, 1, C, f), V, C, N, 1.0f, 1, FP32);
     lap(LAP_HEAD);
     norm_backward(m, 0, FINAL, dx, dbranch, stream_before(m, m->c.layers, 0, 0), NULL, 1.0f);
+    watched(m, 0, D_X, N * C);
     lap(LAP_NORM);
     for (int i = 2 * m->c.layers - 1; i >= 0; i--) {
-        const int l = i / 2, mlp = i % 2;
+        const int l = i / 2, mlp = i % 2, stats_on = m->stats_on;
         const Branch* b = &BRANCHES[mlp];
+        if (m->c.recompute && mlp && l < m->c.layers - 1) {  // the last block's buffers are there
+            m->stats_on = 0;
+            block_forward(m, l, B, 0, T);
+            m->stats_on = stats_on;
+        }
         if (m->scheme->norm_last) norm_backward(m, l, mlp, dbranch, dx, buffer(m, l, b->last, 0), NULL, m->b);
         else weighted_sum(dbranch, m->b, dx, 0.0f, dx, N * C, stream);
+        watched(m, l, D_BRANCH, N * C);
         lap(LAP_NORM);
         float* dinner = mlp ? dwide : dinput;
         hidden_backward(m, l, b->second, dinner, dbranch, buffer(m, l, b->inner, 0));
+        watched(m, l, mlp ? D_WIDE : D_INPUT, N * (mlp ? 4 : 1) * C);
         const float* wide = buffer(m, l, b->wide, 0);
         if (mlp) activation_backward(dwide, dinner, wide, (Activation)m->c.activation, N * 4 * C, stream);
         else attention_backward(dwide, dinner, wide, B, T, C, m->c.heads, stream);
+        watched(m, l, D_WIDE, N * (mlp ? 4 : 3) * C);
         lap(mlp ? LAP_ACTIVATION : LAP_ATTENTION);
         hidden_backward(m, l, b->first, dinput, dwide, branch_input(m, l, mlp, 0));
+        watched(m, l, D_INPUT, N * C);
         if (m->scheme->norm_last) weighted_sum(dx, m->a, dx, 1.0f, dinput, N * C, stream);
         else norm_backward(m, l, mlp, dx, dinput, stream_before(m, l, mlp, 0), dx, 1.0f);
+        watched(m, l, D_X, N * C);
         lap(LAP_NORM);
     }
     embedding_backward(grad(m, 0, WTE), grad(m, 0, WPE), dx, m->inputs, m->scheme->embedding_scale, B, T, C);
@@ -938,42 +998,49 @@ static double learning_rate(const Config* c, long s) {
     return (double)c->lr * (0.1 + 0.45 * (1.0 + cos(3.14159265358979 * fmin(progress, 1.0))));
 }
 
-// Lion (Chen et al. 2023, arXiv 2302.06675) with fully decoupled weight decay: W -= lr u + decay W.
-static void lion_update(float* w, float* m, const float* g, long n, float lr, float decay) {
-    const float b1 = 0.9f, b2 = 0.99f;
-    #pragma omp parallel for simd schedule(static)
-    for (long i = 0; i < n; i++) {
-        float u = b1 * m[i] + (1.0f - b1) * g[i];
-        u = u > 0.0f ? 1.0f : u < 0.0f ? -1.0f : 0.0f;
-        m[i] = b2 * m[i] + (1.0f - b2) * g[i];
-        w[i] -= lr * u + decay * w[i];
-    }
+// What the step at rate lr takes from the schedule. The decay follows it and not the peak rate: lambda lr_t /
+// lr_max, the same at every width; hidden matrices learn at lr sqrt(d_base / C) ([µS] table 2, 3.2).
+typedef struct { float lr, decay, eps, c1, c2; } Rates;  // c1, c2: AdamW's bias corrections
+static Rates rates(const Model* m, double lr) {
+    Rates r = {(float)lr, m->c.decay * (float)(lr / m->c.lr), (float)(1e-8 * m->grad_scale),
+               (float)(1.0 - pow(0.9, (double)m->step + 1)), (float)(1.0 - pow(0.95, (double)m->step + 1))};
+    return r;
 }
-// AdamW (Loshchilov, Hutter 2019), bias-corrected; s counts from 1.
-static void adamw_update(float* w, float* m, float* v, const float* g, long n, float lr, float decay,
-                         float eps, long s) {
+// Lion (Chen et al. 2023, arXiv 2302.06675) with fully decoupled weight decay: W -= lr u + decay W.
+BOTH static inline float lion(float w, float* m, float g, float lr, float decay) {
+    const float b1 = 0.9f, b2 = 0.99f;
+    float u = b1 * *m + (1.0f - b1) * g;
+    u = u > 0.0f ? 1.0f : u < 0.0f ? -1.0f : 0.0f;
+    *m = b2 * *m + (1.0f - b2) * g;
+    return w - (lr * u + decay * w);
+}
+// AdamW (Loshchilov, Hutter 2019), bias-corrected.
+BOTH static inline float adamw(float w, float* m, float* v, float g, float lr, float decay, Rates r) {
     const float b1 = 0.9f, b2 = 0.95f;
-    const float c1 = (float)(1.0 - pow(0.9, (double)s)), c2 = (float)(1.0 - pow(0.95, (double)s));
+    *m = b1 * *m + (1.0f - b1) * g;
+    *v = b2 * *v + (1.0f - b2) * g * g;
+    return w - (lr * (*m / r.c1) / (sqrtf(*v / r.c2) + r.eps) + decay * w);
+}
+static void lion_update(float* w, float* m, const float* g, long n, float lr, float decay) {
     #pragma omp parallel for simd schedule(static)
-    for (long i = 0; i < n; i++) {
-        m[i] = b1 * m[i] + (1.0f - b1) * g[i];
-        v[i] = b2 * v[i] + (1.0f - b2) * g[i] * g[i];
-        w[i] -= lr * (m[i] / c1) / (sqrtf(v[i] / c2) + eps) + decay * w[i];
-    }
+    for (long i = 0; i < n; i++) w[i] = lion(w[i], &m[i], g[i], lr, decay);
+}
+static void adamw_update(float* w, float* m, float* v, const float* g, long n, float lr, float decay, Rates r) {
+    #pragma omp parallel for simd schedule(static)
+    for (long i = 0; i < n; i++) w[i] = adamw(w[i], &m[i], &v[i], g[i], lr, decay, r);
 }
 
-// One step with m->grads. The decay follows the schedule and not the peak rate: lambda lr_t / lr_max, the
-// same at every width; hidden matrices learn at lr sqrt(d_base / C) ([µS] table 2, 3.2).
+// One step with m->grads.
 static void model_update(Model* m, double lr) {
+    const Rates r = rates(m, lr);
     lap_last = seconds();
     for (int i = 0; i < m->num_tensors; i++) {
         const Tensor* t = &m->tensors[i];
         const long n = t->rows * t->cols;
         float *w = m->params + t->offset, *g = m->grads + t->offset, *m1 = m->m + t->offset;
-        float rate = (float)lr * t->lr_factor, eps = (float)(1e-8 * m->grad_scale);
-        float decay = t->kind->decays ? m->c.decay * (float)(lr / m->c.lr) : 0.0f;
-        if (m->v) adamw_update(w, m1, m->v + t->offset, g, n, rate, decay, eps, m->step + 1);
-        else lion_update(w, m1, g, n, rate, decay);
+        float lr_t = r.lr * t->lr_factor, decay = t->kind->decays ? r.decay : 0.0f;
+        if (m->v) adamw_update(w, m1, m->v + t->offset, g, n, lr_t, decay, r);
+        else lion_update(w, m1, g, n, lr_t, decay);
     }
     lap(LAP_UPDATE);
 }
@@ -1435,6 +1502,8 @@ static const Option OPTIONS[] = {
      "width at which hidden matrices learn at --lr too"},
     {"precision", "fp8", "fp32|bf16|fp8", "is", AT(precision), 0, 0,
      "number formats of the matmuls and between them"},
+    {"recompute", "", 0, "b", AT(recompute), 0, 1,
+     "less memory: compute each block again in backward instead of keeping it"},
     {"seed", "1", 0, "us", AT(seed), 0, 0x1p64, "of weights, batches and samples"},
     {NULL, "", 0, "", 0, 0, 0, "Reports, every N steps (0: never)"},
     {"eval-every", "100", 0, "is", AT(eval_every), 0, 1e9, "validation loss"},
@@ -1548,7 +1617,7 @@ static void config_parse(Config* c, int argc, char** argv, const Archive* checkp
     if (c->decay < 0) c->decay = decays[c->scheme];
 }
 
-// ---- Checkpoints and dumps -----------------------------------------------------------------------------
+// ---- Checkpoints ---------------------------------------------------------------------------------------
 static void archive_config(Archive* a, const Model* m) {
     const char* const keys[] = {"vocab", "step", "sequence", "grad_scale"};
     const double numbers[] = {(double)m->c.vocab, (double)m->step, (double)m->sequence, m->grad_scale};
@@ -1619,14 +1688,78 @@ static long checkpoint_newest(const char* dir, int* logged) {
     return newest;
 }
 
+// ---- Device --------------------------------------------------------------------------------------------
+// A device does the arithmetic of a run. This file has one; train_us.cu has another.
+typedef struct { double loss, norm; const Tensor* bad; } StepResult;  // bad: its gradient is not finite
+typedef struct {
+    const char* name;
+    void (*open)(Model* m);                                   // once, when the parameters are set
+    void (*close)(Model* m);                                  // gives back what open took
+    void (*describe)(const Model* m);                         // lines for the header: memory, and on what
+    StepResult (*step)(Model* m, const Split* s, double lr);  // an optimizer step; none if not all is finite
+    double (*loss)(Model* m);                                 // of m->inputs and m->targets
+    double (*trace)(Model* m);                                // the same; every buffer, and grads, filled in
+    StepResult (*update)(Model* m, double lr);                // a step with the gradients of the last trace
+    const float* (*next)(Model* m, long t0, long T);          // logits at T-1; rows before t0 are known
+    void (*fetch)(Model* m);                                  // parameters and moments to the host
+    const char* (*utilisation)(const Model* m, double rate);  // of the device, at so many tokens/s: " | ..."
+} Device;
+
+// The loss so far is in r; the step is not taken if something is not finite.
+static StepResult cpu_finish(Model* m, StepResult r, double lr) {
+    r.norm = gradient_norm(m, &r.bad);
+    if (isfinite(r.loss) && !r.bad) model_update(m, lr), m->step++;
+    return r;
+}
+static StepResult cpu_step(Model* m, const Split* train, double lr) {
+    StepResult r = {0, 0, NULL};
+    const long sequence = m->sequence, step = m->step;
+    memset(m->grads, 0, sizeof(float) * (size_t)m->num_params);
+    for (int i = 0; i < m->c.accum; i++) {
+        next_batch(m, train);
+        r.loss += model_loss(m, 1) / m->c.accum;
+        model_backward(m);
+        m->stats_on = 0;  // statistics are of the first batch
+    }
+    r = cpu_finish(m, r, lr);
+    if (m->step == step) m->sequence = sequence;
+    return r;
+}
+static StepResult cpu_update(Model* m, double lr) {
+    StepResult r = {0, 0, NULL};
+    return cpu_finish(m, r, lr);
+}
+static double cpu_loss(Model* m) { return model_loss(m, 0); }
+static double cpu_trace(Model* m) {
+    memset(m->grads, 0, sizeof(float) * (size_t)m->num_params);
+    double loss = model_loss(m, 1);
+    model_backward(m);
+    model_logits(m, 0, m->rows);  // again, as their gradient took their place
+    return loss;
+}
+static const float* cpu_next(Model* m, long t0, long T) {
+    model_forward(m, 1, m->c.recompute ? 0 : t0, T);  // with one block's buffers nothing earlier is known
+    model_logits(m, T - 1, 1);
+    return buffer(m, 0, A_LOGITS, T - 1);
+}
+static void cpu_nothing(Model* m) { (void)m; }
+static const char* cpu_utilisation(const Model* m, double rate) { return (void)m, (void)rate, ""; }
+static void cpu_describe(const Model* m) {
+    double floats_kept = 0, n = (double)m->num_params;
+    for (int k = 0; k < BUFFERS; k++) floats_kept += buffer_size(m, k);
+    printf("memory: %.0f MB parameters, gradients and optimizer state, %.0f MB activations\n",
+           n * (m->v ? 16e-6 : 12e-6), floats_kept * 4e-6);
+}
+__attribute__((unused)) static const Device CPU = {
+    "CPU", model_alloc_buffers, cpu_nothing, cpu_describe, cpu_step, cpu_loss, cpu_trace, cpu_update, cpu_next,
+    cpu_nothing, cpu_utilisation};
+
 // Writes the first step, every tensor of it, for a look from Python (dev/reference.py checks it).
-static void dump(Model* m, const Split* train) {
+static void dump(Model* m, const Device* device, const Split* train) {
     static Archive a;
     const long B = m->c.batch, T = m->c.seq, V = m->c.vocab;
     next_batch(m, train);
-    float loss = (float)model_loss(m, 1), *logits = floats((double)(m->rows * V));
-    model_backward(m);
-    model_logits(m, 0, m->rows);  // again, as their gradient took their place
+    float loss = (float)device->trace(m), *logits = floats((double)(m->rows * V));
     for (long n = 0; n < m->rows; n++)
         memcpy(logits + n * V, buffer(m, 0, A_LOGITS, n), sizeof(float) * (size_t)V);
     archive_config(&a, m);
@@ -1650,45 +1783,6 @@ static void dump(Model* m, const Split* train) {
     free(logits);
     printf("wrote %s\n", m->c.dump);
 }
-
-// ---- Device --------------------------------------------------------------------------------------------
-// A device does the arithmetic of a run. This file has one; another, with the same functions, could be a GPU.
-typedef struct { double loss, norm; const Tensor* bad; } StepResult;  // bad: its gradient is not finite
-typedef struct {
-    const char* name;
-    void (*open)(Model* m);                                   // once, when the parameters are set
-    StepResult (*step)(Model* m, const Split* s, double lr);  // an optimizer step; none if not all is finite
-    double (*loss)(Model* m);                                 // of m->inputs and m->targets
-    const float* (*next)(Model* m, long t0, long T);          // logits at T-1; rows before t0 are known
-    void (*fetch)(Model* m);                                  // parameters and moments to the host
-} Device;
-
-static StepResult cpu_step(Model* m, const Split* train, double lr) {
-    StepResult r = {0, 0, NULL};
-    long sequence = m->sequence;
-    memset(m->grads, 0, sizeof(float) * (size_t)m->num_params);
-    for (int i = 0; i < m->c.accum; i++) {
-        next_batch(m, train);
-        r.loss += model_loss(m, 1) / m->c.accum;
-        model_backward(m);
-        m->stats_on = 0;  // statistics are of the first batch
-    }
-    r.norm = gradient_norm(m, &r.bad);
-    if (isfinite(r.loss) && !r.bad) {
-        model_update(m, lr);
-        m->step++;
-    } else m->sequence = sequence;
-    return r;
-}
-static double cpu_loss(Model* m) { return model_loss(m, 0); }
-static const float* cpu_next(Model* m, long t0, long T) {
-    model_forward(m, 1, t0, T);
-    model_logits(m, T - 1, 1);
-    return buffer(m, 0, A_LOGITS, T - 1);
-}
-static void cpu_fetch(Model* m) { (void)m; }
-__attribute__((unused)) static const Device CPU = {
-    "CPU", model_alloc_buffers, cpu_step, cpu_loss, cpu_next, cpu_fetch};
 
 // ---- Writing text --------------------------------------------------------------------------------------
 typedef struct { float logit; int token; } Candidate;
@@ -1749,7 +1843,6 @@ static void on_signal(int number) {
 }
 
 static void print_header(const Model* m, const Device* device, const Split* train, const Split* val) {
-    double kept = 0, n = (double)m->num_params;
     int column = printf("us.c on %s, threads %d,", device->name, max_threads());
     for (const Option* o = OPTIONS; o < OPTIONS_END; o++) {
         if (!o->name || !o->type[1] || *o->type == 's') continue;
@@ -1766,9 +1859,8 @@ static void print_header(const Model* m, const Device* device, const Split* trai
                FORMATS[t->operand].name, (double)t->alpha, (double)(m->c.lr * t->lr_factor),
                t->kind->decays ? "yes" : "no");
     }
-    for (int k = 0; k < BUFFERS; k++) kept += buffer_size(m, k);
-    printf("%.2f M parameters; memory: %.0f MB parameters, gradients and optimizer state, "
-           "%.0f MB activations\n", n * 1e-6, n * (m->v ? 16e-6 : 12e-6), kept * 4e-6);
+    printf("%.2f M parameters; ", (double)m->num_params * 1e-6);
+    device->describe(m);
     printf("%ld %s to train on, %ld to validate on; %ld tokens a step\n", train->count,
            m->c.vocab == BYTES_VOCAB ? "bytes" : "tokens", val->count, m->rows * m->c.accum);
 }
@@ -1868,8 +1960,8 @@ static void train(Model* m, const Device* device, const Split* train, const Spli
         long left = (long)((seconds() - begin) / (double)(s - first) * (double)(c->steps - s));
         printf("%sstep %ld/%d | loss %.4f", terminal ? "\r\033[K" : "", s, c->steps, r.loss);
         if (want_val) printf(" | val %.4f", val_loss);
-        printf(" | lr %.5f | norm %.3g | %.0f ms | %.0f tokens/s | %ld:%02ld left", lr, r.norm, ms, rate,
-               left / 60, left % 60);
+        printf(" | lr %.5f | norm %.3g | %.0f ms | %.0f tokens/s%s | %ld:%02ld left", lr, r.norm, ms, rate,
+               device->utilisation(m, rate), left / 60, left % 60);
         if (!terminal || want_val || want_stats || want_sample) printf("\n");
         if (want_stats) print_stats(m, stats);
         if (log) {
@@ -1953,6 +2045,7 @@ __attribute__((unused)) static int run(int argc, char** argv, const Device* devi
     if (text.vocab != c.vocab)
         die("tokenizer %s has %d tokens, the model %d", tokenizer, text.vocab, c.vocab);
 
+    if (*c.dump || *c.generate) c.recompute = 0;  // both want every block's buffers
     model_layout(&m, &c);
     model_alloc_params(&m, !*c.generate);
     if (path) checkpoint_load(&m, &checkpoint);
@@ -1962,9 +2055,10 @@ __attribute__((unused)) static int run(int argc, char** argv, const Device* devi
     else {
         print_header(&m, device, &training, &validation);
         if (path) printf("resumed from %s\n", path);
-        if (*c.dump) dump(&m, &training);
+        if (*c.dump) dump(&m, device, &training);
         else train(&m, device, &training, &validation, &text);
     }
+    device->close(&m);
     model_free(&m);
     free(checkpoint.entries);
     return 0;

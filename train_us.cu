@@ -1,0 +1,1854 @@
+/*
+train_us.cu: µnit Scaling on a GPU, the same program as train_us.c with its arithmetic in CUDA.
+
+Everything that is not arithmetic (settings, data, checkpoints, random numbers, command line, log) is train_us.c
+itself, which this file includes: a run started on one continues on the other. What is here: the kernels, the
+matmuls through cuBLASLt, and the training step.
+
+Data flow ([µS] 3, fig. 1). With static scaling no tensor is looked at before it is cast, so there is no cast
+kernel: whoever computes a tensor also writes its FP8 codes, once row by row and once transposed, as the FP8
+tensor cores want the summed dimension contiguous in both operands.
+
+  value                        written by                     as
+  stream x                     embedding, norm_forward        BF16, E4M3, E4M3 transposed
+  attention output y           attention_forward              BF16, E4M3, E4M3 transposed
+  activation g                 activation_forward             E4M3, E4M3 transposed (`up`'s output stays BF16)
+  gradients at out, down       norm_backward                  E5M2, E5M2 transposed
+  gradient at up               activation_backward            E5M2, E5M2 transposed
+  gradient at qkv              attention_backward             E5M2, E5M2 transposed
+  weights                      update                         FP32, E4M3, E4M3 transposed
+
+Kernels are templates of one parameter, the stream's format S: bf16, or float for --precision fp32. No float is
+ever added atomically: the same run gives the same bits.
+
+  make train_us_cuda && ./train_us_cuda --input FILE       needs the CUDA Toolkit
+  make train_us_emu && ./train_us_emu --input FILE         the same source on a CPU (dev/emu)
+*/
+#ifndef US_NO_MAIN
+#define US_NO_MAIN  // train_us.c's
+#define US_CUDA_MAIN
+#endif
+#include "train_us.c"
+#include <cuda_runtime.h>
+#include <cuda_bf16.h>
+#include <cuda_fp8.h>
+#include <cublasLt.h>
+
+#define US_CUDA        // for the tests: there is a GPU,
+#define US_DEVICE GPU  // and this is it
+
+typedef __nv_bfloat16 bf16;
+typedef uint8_t fp8;  // the code of an E4M3 or E5M2 value
+
+// ---- Errors ------------------------------------------------------------------------------------------------
+static void cuda_check(cudaError_t e, const char* what, const char* file, int line) {
+    if (e == cudaSuccess) return;
+    const char* hint = e == cudaErrorMemoryAllocation ? "; lower --batch, or use --recompute" : "";
+    die("%s:%d: %s: %s%s", file, line, what, cudaGetErrorString(e), hint);
+}
+static void lt_check(cublasStatus_t s, const char* what, const char* file, int line) {
+    if (s != CUBLAS_STATUS_SUCCESS)
+        die("%s:%d: %s: cuBLAS status %d (is this toolkit's libcublasLt the one found?)", file, line, what,
+            s);
+}
+#define CUDA(call) cuda_check(call, #call, __FILE__, __LINE__)
+#define LT(call) lt_check(call, #call, __FILE__, __LINE__)
+
+// After every launch: did it start? With a profile, an event is left behind to take the time from.
+enum { PROFILE_MAX = 8192 };
+typedef struct { int n; const char* name[PROFILE_MAX]; cudaEvent_t event[PROFILE_MAX]; } Profile;
+static Profile* profile;
+static cudaStream_t stream;  // all work is on this one
+static void launched(const char* name) {
+    cuda_check(cudaGetLastError(), name, __FILE__, __LINE__);
+    if (!profile || profile->n == PROFILE_MAX) return;
+    if (!profile->event[profile->n]) CUDA(cudaEventCreate(&profile->event[profile->n]));
+    CUDA(cudaEventRecord(profile->event[profile->n], stream));
+    profile->name[profile->n++] = name;
+}
+
+// ---- Sixteen bytes at a time, and tiles -------------------------------------------------------------------
+// As much as one load or store moves: 8 bf16 or 4 floats.
+template <class S> struct alignas(16) Pack {
+    enum { N = 16 / sizeof(S) };
+    S v[16 / sizeof(S)];
+};
+
+// Where a kernel's result goes, each copy only where its pointer is set: the value itself, its FP8 code, and
+// the codes transposed, which the matmul over the other dimension reads (FP8 tensor cores want K contiguous).
+template <class S> struct Dest {
+    S* out;         // (N,W)
+    fp8 *q, *qt;    // (N,W), (W,Np): Np is N rounded up to 16
+    long W, Np;
+    Format format;  // of q and qt
+};
+
+__device__ static inline fp8 to_fp8(float x, Format format) {
+    return __nv_cvt_float_to_fp8(x, __NV_SATFINITE, format == E4M3 ? __NV_E4M3 : __NV_E5M2);
+}
+
+enum { TILE = 64, THREADS = 256 };  // a tile is TILE rows by TILE columns; four threads have a row of it
+
+// Writes a tile that the block has put into shared memory, its value (r, c) at tile[r * stride + c], to rows
+// row0 .. row0+rows-1 and columns col0 .. col0+cols-1 of d. cols, col0 and W are multiples of 16; rows and
+// row0 are any. All threads of the block call it, between two __syncthreads of the caller's.
+template <class S>
+__device__ static void put_tile(Dest<S> d, const S* tile, int stride, long row0, long col0, int rows,
+                                int cols) {
+    const int pieces = cols / 16;
+    for (int p = threadIdx.x; p < rows * pieces; p += blockDim.x) {
+        const int r = p / pieces, c = p % pieces * 16;
+        const long at = (row0 + r) * d.W + col0 + c;
+        Pack<fp8> codes;
+        for (int i = 0; i < 16; i += Pack<S>::N) {
+            Pack<S> values;
+            for (int k = 0; k < Pack<S>::N; k++) {
+                values.v[k] = tile[r * stride + c + i + k];
+                codes.v[i + k] = to_fp8((float)values.v[k], d.format);
+            }
+            if (d.out) *(Pack<S>*)(d.out + at + i) = values;
+        }
+        if (d.q) *(Pack<fp8>*)(d.q + at) = codes;
+    }
+    if (!d.qt) return;
+    const int runs = (rows + 15) / 16;  // of 16 rows in a column
+    for (int p = threadIdx.x; p < cols * runs; p += blockDim.x) {
+        const int c = p / runs, r = p % runs * 16, n = min(16, rows - r);
+        fp8* to = d.qt + (col0 + c) * d.Np + row0 + r;
+        Pack<fp8> codes;
+        for (int i = 0; i < n; i++) codes.v[i] = to_fp8((float)tile[(r + i) * stride + c], d.format);
+        if (n == 16 && row0 % 16 == 0) *(Pack<fp8>*)to = codes;
+        else for (int i = 0; i < n; i++) to[i] = codes.v[i];
+    }
+}
+
+// In every kernel below a block of THREADS works on tiles of TILE x TILE; a thread has 16 values of one row.
+template <class S> __device__ static inline void load16(float* v, const S* p) {
+    #pragma unroll
+    for (int i = 0; i < 16; i += Pack<S>::N) {
+        const Pack<S> x = *(const Pack<S>*)(p + i);
+        #pragma unroll
+        for (int k = 0; k < Pack<S>::N; k++) v[i + k] = (float)x.v[k];
+    }
+}
+template <class S> __device__ static inline void store16(S* p, const float* v) {
+    #pragma unroll
+    for (int i = 0; i < 16; i += Pack<S>::N) {
+        Pack<S> x;
+        #pragma unroll
+        for (int k = 0; k < Pack<S>::N; k++) x.v[k] = (S)v[i + k];
+        *(Pack<S>*)(p + i) = x;
+    }
+}
+enum { STRIDE = TILE + 2 };  // of a tile in shared memory: neither rows nor columns fall on one bank
+__device__ static inline int tile_row(void) { return (int)threadIdx.x / 4; }
+__device__ static inline int tile_col(void) { return (int)threadIdx.x % 4 * 16; }
+template <class S> __device__ static inline void fill_tile(S* tile, const float* v) {
+    for (int i = 0; i < 16; i++) tile[tile_row() * STRIDE + tile_col() + i] = (S)v[i];
+}
+template <class S> __device__ static inline float round_s(float x) { return (float)(S)x; }
+__device__ static inline float quad_sum(float x) {  // over the four threads of a row
+    x += __shfl_xor_sync(~0u, x, 1);
+    return x + __shfl_xor_sync(~0u, x, 2);
+}
+// The sum over a block, in every thread, in an order that depends on nothing but the number of threads.
+template <class X> __device__ static inline X block_sum(X x, X* shared) {  // shared: 32 of them
+    for (int i = 16; i; i /= 2) x += __shfl_xor_sync(~0u, x, i);
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
+    __syncthreads();
+    x = 0;
+    for (int i = 0; i < (int)blockDim.x / 32; i++) x += shared[i];
+    return x;
+}
+static dim3 tiles(long rows, long cols) {
+    return dim3((unsigned)div_up(cols, TILE), (unsigned)div_up(rows, TILE));
+}
+
+// ---- Embedding ---------------------------------------------------------------------------------------------
+// x = scale (wte[token] + wpe[position]); the rows are rounded as they are read.
+template <class S> static __global__ void __launch_bounds__(THREADS)
+embedding_forward_kernel(Dest<S> x, const int* tokens, const float* wte, const float* wpe, float scale,
+                             long N, long T, long C) {
+    __shared__ S tile[TILE * STRIDE];
+    const long n = (long)blockIdx.y * TILE + tile_row(), c = (long)blockIdx.x * TILE + tile_col();
+    if (n < N && c < C) {
+        float e[16], p[16];
+        load16(e, wte + tokens[n] * C + c);
+        load16(p, wpe + n % T * C + c);
+        for (int i = 0; i < 16; i++) e[i] = (round_s<S>(e[i]) + round_s<S>(p[i])) * scale;
+        fill_tile(tile, e);
+    }
+    __syncthreads();
+    const long row0 = (long)blockIdx.y * TILE, col0 = (long)blockIdx.x * TILE;
+    put_tile(x, tile, STRIDE, row0, col0, (int)min(N - row0, (long)TILE), (int)min(C - col0, (long)TILE));
+}
+
+// dwte[v] += scale * sum of dx over the rows whose token is v: order holds all rows, sorted by token, and
+// those of v are number starts[v] .. starts[v+1]-1. A block a token; its threads are groups of C/16, the
+// groups' sums are added in their order.
+template <class S> static __global__ void __launch_bounds__(THREADS)
+embedding_backward_kernel(float* dwte, const S* dx, const int* order, const int* starts, float scale,
+                              long C) {
+    __shared__ float sums[THREADS][17];
+    const int first = starts[blockIdx.x], last = starts[blockIdx.x + 1],
+              wide = (int)min((long)THREADS, C / 16);
+    const int groups = THREADS / wide, group = (int)threadIdx.x / wide, lane = (int)threadIdx.x % wide;
+    if (first == last) return;
+    for (long c0 = 0; c0 < C; c0 += 16 * wide) {
+        const long c = c0 + 16 * lane;
+        float sum[16] = {0};
+        if (group < groups && c < C)
+            #pragma unroll 4
+            for (int i = first + group; i < last; i += groups) {
+                float v[16];
+                load16(v, dx + order[i] * C + c);
+                #pragma unroll
+                for (int k = 0; k < 16; k++) sum[k] += scale * v[k];
+            }
+        __syncthreads();
+        for (int k = 0; k < 16; k++) sums[threadIdx.x][k] = sum[k];
+        __syncthreads();
+        if (group == 0 && c < C)
+            for (int k = 0; k < 16; k++) {
+                float total = 0;
+                for (int g = 0; g < groups; g++) total += sums[g * wide + lane][k];
+                dwte[blockIdx.x * C + c + k] += total;
+            }
+    }
+}
+// dwpe[t] += scale * sum over the batch of dx[b][t]
+template <class S> static __global__ void __launch_bounds__(THREADS)
+position_backward_kernel(float* dwpe, const S* dx, float scale, long B, long T, long C) {
+    const long at = ((long)blockIdx.x * THREADS + threadIdx.x) * 16;
+    if (at >= T * C) return;
+    float sum[16], v[16];
+    load16(sum, dwpe + at);
+    for (long b = 0; b < B; b++) {
+        load16(v, dx + b * T * C + at);
+        #pragma unroll
+        for (int k = 0; k < 16; k++) sum[k] += scale * v[k];
+    }
+    store16(dwpe + at, sum);
+}
+
+// ---- LayerNorm with the weighted residual ------------------------------------------------------------------
+// out = a skip + b LN(x), LN(x) = (x - mean) rstd gain + bias ([µS] eq. 11); skip = NULL: b LN(x).
+// With `add` x is first replaced by a x + b add and that is kept in `sum`: the residual sum of a scheme whose
+// branches begin with their LayerNorm. A block has TILE rows, four threads a row.
+template <class S> static __global__ void __launch_bounds__(THREADS)
+norm_forward_kernel(Dest<S> out, float* mean, float* rstd, S* sum, const S* x, const S* add, const S* skip,
+                    const float* gain, const float* bias, float a, float b, long N, long C) {
+    __shared__ S tile[TILE * STRIDE];
+    const long row0 = (long)blockIdx.x * TILE, n = row0 + tile_row();
+    const bool live = n < N;
+    float v[16], s = 0, square = 0;
+    for (long c = tile_col(); c < C && live; c += TILE) {
+        load16(v, x + n * C + c);
+        if (add) {
+            float w[16];
+            load16(w, add + n * C + c);
+            for (int i = 0; i < 16; i++) v[i] = round_s<S>(a * v[i] + b * w[i]);
+            store16(sum + n * C + c, v);
+        }
+        for (int i = 0; i < 16; i++) s += v[i];
+    }
+    if (add) x = sum, b = 1.0f;
+    const float mu = quad_sum(s) / (float)C;
+    for (long c = tile_col(); c < C && live; c += TILE) {  // read again: a row is in the cache
+        load16(v, x + n * C + c);
+        for (int i = 0; i < 16; i++) square += (v[i] - mu) * (v[i] - mu);
+    }
+    const float rs = 1.0f / sqrtf(quad_sum(square) / (float)C + 1e-5f);
+    if (live && tile_col() == 0) mean[n] = mu, rstd[n] = rs;
+    for (long c0 = 0; c0 < C; c0 += TILE) {
+        const long c = c0 + tile_col();
+        if (live && c < C) {
+            float g[16], h[16];
+            load16(v, x + n * C + c);
+            load16(g, gain + c);
+            load16(h, bias + c);
+            for (int i = 0; i < 16; i++) v[i] = b * ((v[i] - mu) * rs * g[i] + h[i]);
+            if (skip) {
+                load16(g, skip + n * C + c);
+                for (int i = 0; i < 16; i++) v[i] += a * g[i];
+            }
+            fill_tile(tile, v);
+        }
+        __syncthreads();
+        put_tile(out, tile, STRIDE, row0, c0, (int)min(N - row0, (long)TILE), (int)min(C - c0, (long)TILE));
+        __syncthreads();
+    }
+}
+
+// The two places of a LayerNorm in a branch differ in where the stream's gradient goes:
+//   last (us)   dx = a dskip + dout is the stream's gradient, kept in `sum`; out = LN'(b dx), into the branch
+//   first (sp)  out = a dskip + LN'(dout), which is the stream's gradient and the next branch's too
+// dskip = NULL: no such term. partial: what this block's rows add to dgain and dbias, in rows of 16 rows each.
+template <class S> static __global__ void __launch_bounds__(THREADS)
+norm_backward_kernel(Dest<S> out, S* sum, float* partial, const S* dout, const S* dskip, const S* x,
+                     const float* mean, const float* rstd, const float* gain, float a, float b, int last,
+                     long N, long C) {                                          // partial (blocks, 4, 2, C)
+    __shared__ S tile[TILE * STRIDE];
+    __shared__ float columns[TILE * (TILE + 1)];
+    const long row0 = (long)blockIdx.x * TILE, n = row0 + tile_row();
+    const bool live = n < N;
+    const float mu = live ? mean[n] : 0, rs = live ? rstd[n] : 0;
+    float d[16], v[16], g[16], s1 = 0, s2 = 0;
+    for (long c = tile_col(); c < C && live; c += TILE) {
+        load16(d, dout + n * C + c);
+        if (last && dskip) {
+            load16(v, dskip + n * C + c);
+            for (int i = 0; i < 16; i++) d[i] = round_s<S>(a * v[i] + d[i]);
+            store16(sum + n * C + c, d);
+        }
+        load16(v, x + n * C + c);
+        load16(g, gain + c);
+        for (int i = 0; i < 16; i++) {
+            s1 += b * d[i] * g[i];
+            s2 += b * d[i] * g[i] * (v[i] - mu) * rs;
+        }
+    }
+    if (last && dskip) dout = sum;
+    s1 = quad_sum(s1) / (float)C;
+    s2 = quad_sum(s2) / (float)C;
+    for (long c0 = 0; c0 < C; c0 += TILE) {
+        const long c = c0 + tile_col();
+        float o[16];
+        for (int i = 0; i < 16; i++) v[i] = d[i] = 0;
+        if (live && c < C) {
+            load16(d, dout + n * C + c);
+            load16(v, x + n * C + c);
+            load16(g, gain + c);
+            for (int i = 0; i < 16; i++) {
+                d[i] *= b;
+                v[i] = (v[i] - mu) * rs;
+                o[i] = rs * (d[i] * g[i] - s1 - v[i] * s2);
+            }
+            if (!last && dskip) {
+                load16(g, dskip + n * C + c);
+                for (int i = 0; i < 16; i++) o[i] += a * g[i];
+            }
+            fill_tile(tile, o);
+        }
+        for (int bias = 0; bias < 2; bias++) {
+            for (int i = 0; i < 16; i++)
+                columns[tile_row() * (TILE + 1) + tile_col() + i] = bias ? d[i] : d[i] * v[i];
+            __syncthreads();
+            const int col = (int)threadIdx.x % TILE, part = (int)threadIdx.x / TILE;
+            float total = 0;
+            for (int r = 0; r < 16; r++) total += columns[(16 * part + r) * (TILE + 1) + col];
+            if (c0 + col < C) partial[(((long)blockIdx.x * 4 + part) * 2 + bias) * C + c0 + col] = total;
+            if (!bias)
+                put_tile(out, tile, STRIDE, row0, c0, (int)min(N - row0, (long)TILE),
+                         (int)min(C - c0, (long)TILE));
+            __syncthreads();
+        }
+    }
+}
+// dgain, dbias += the sums of their partial rows. A block has 32 columns, eight threads a column.
+static __global__ void __launch_bounds__(THREADS)
+norm_parameters_kernel(float* dgain, float* dbias, const float* partial, long rows, long C) {
+    __shared__ float sums[8][32];
+    const long c = (long)blockIdx.x * 32 + threadIdx.x % 32;
+    const int group = (int)threadIdx.x / 32;
+    float sum = 0;
+    for (long r = group; r < rows && c < 2 * C; r += 8) sum += partial[r * 2 * C + c];
+    sums[group][threadIdx.x % 32] = sum;
+    __syncthreads();
+    if (group || c >= 2 * C) return;
+    for (int i = 1; i < 8; i++) sum += sums[i][threadIdx.x];
+    if (c < C) dgain[c] += sum;
+    else dbias[c - C] += sum;
+}
+// out = a x + b y, or a x where y is NULL: the gradient of the stream below all LayerNorms; and with a = 1
+// the codes of a stream whose block is computed again.
+template <class S> static __global__ void __launch_bounds__(THREADS)
+weighted_sum_kernel(Dest<S> out, float a, const S* x, float b, const S* y, long N, long C) {
+    __shared__ S tile[TILE * STRIDE];
+    const long row0 = (long)blockIdx.y * TILE, col0 = (long)blockIdx.x * TILE;
+    const long n = row0 + tile_row(), c = col0 + tile_col();
+    if (n < N && c < C) {
+        float v[16], w[16];
+        load16(v, x + n * C + c);
+        if (y) load16(w, y + n * C + c);
+        for (int i = 0; i < 16; i++) v[i] = a * v[i] + (y ? b * w[i] : 0.0f);
+        fill_tile(tile, v);
+    }
+    __syncthreads();
+    put_tile(out, tile, STRIDE, row0, col0, (int)min(N - row0, (long)TILE), (int)min(C - col0, (long)TILE));
+}
+
+// ---- Activation --------------------------------------------------------------------------------------------
+// g = activation(h), or with `dg` dh = dg * activation'(h), rounded as one product.
+template <class S> static __global__ void __launch_bounds__(THREADS)
+activation_kernel(Dest<S> out, const S* h, const S* dg, Activation kind, long N, long W) {
+    __shared__ S tile[TILE * STRIDE];
+    const long row0 = (long)blockIdx.y * TILE, col0 = (long)blockIdx.x * TILE;
+    const long n = row0 + tile_row(), c = col0 + tile_col();
+    if (n < N && c < W) {
+        float v[16], d[16];
+        load16(v, h + n * W + c);
+        if (dg) {
+            load16(d, dg + n * W + c);
+            for (int i = 0; i < 16; i++) v[i] = d[i] * activation_slope(v[i], kind);
+        } else for (int i = 0; i < 16; i++) v[i] = activate(v[i], kind);
+        fill_tile(tile, v);
+    }
+    __syncthreads();
+    put_tile(out, tile, STRIDE, row0, col0, (int)min(N - row0, (long)TILE), (int)min(W - col0, (long)TILE));
+}
+
+// ---- Attention --------------------------------------------------------------------------------------------
+// FlashAttention-2 (Dao 2023, arXiv 2307.08691): no T x T matrix is ever stored. A block of threads keeps 64
+// rows of one head on chip and walks over the tiles of the other side.
+//   forward   S = Q K^T, P = softmax(S / sqrt(D)), Y = P V, with a running maximum and sum for the softmax.
+//             It saves lse, the base-2 logarithm of the sum of e^(s / sqrt(D)), of each row of S.
+//   backward  P = 2^(s log2(e) / sqrt(D) - lse), dV = P^T dY, dP = dY V^T, dQ = dS K, dK = dS^T Q with
+//             dS = P (dP - delta) / sqrt(D) and delta = rowsum(P dP) = rowsum(dY Y). A pass whose blocks own
+//             keys makes dK and dV, one whose blocks own queries makes dQ: seven matmuls where one pass needs
+//             five, but no atomics, so the same bits in every run.
+// A row of qkv (B,T,3C) is all heads' Q, then K, then V; lse and delta are (B,H,T), FP32.
+static const float LOG2E = 1.44269504f;
+
+// ---- Attention on tensor cores: BF16, D = 64 or 128
+// 128 threads are 4 warps of 16 rows each. Tiles of the other side come by cp.async into two buffers: one
+// fills while the other is in use. A row of a tile is D/8 chunks of 16 bytes, and chunk c of row r lies at
+// place c ^ (r % 8): the eight rows that ldmatrix reads at once are in different banks. Loops over fragments
+// have constant bounds: nvcc unrolls them and the arrays are registers (-Xptxas -v: no stack frame).
+enum { MMA_THREADS = 128, ROWS = 64 };
+
+// Each PTX instruction has one wrapper; without nvcc the emulator stands in for it.
+// Copies BYTES (4 or 16) from global to shared memory in the background; zeros where not valid.
+template <int BYTES> __device__ static inline void copy_async(void* shared, const void* global, bool valid) {
+#ifdef __CUDACC__
+    unsigned to = (unsigned)__cvta_generic_to_shared(shared), n = valid ? BYTES : 0;
+    if (BYTES == 16)  // past L1, which gains nothing
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(to), "l"(global), "r"(n));
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" :: "r"(to), "l"(global), "r"(n));
+#else
+    emu::cp_async(shared, global, BYTES, valid ? BYTES : 0);
+#endif
+}
+// Waits for this thread's copies; others' may be read after the __syncthreads that follows.
+__device__ static inline void copy_wait() {
+#ifdef __CUDACC__
+    asm volatile("cp.async.wait_all;" ::: "memory");
+#else
+    emu::cp_async_commit();
+    emu::cp_async_wait(0);
+#endif
+}
+// Reads four 8 x 8 matrices; lane 8i + j gives the address of row j of matrix i. Lane 4g + t gets into r[i]
+// the values 2t, 2t+1 of row g of matrix i or, transposed, of its column g.
+template <bool TRANSPOSED> __device__ static inline void ldmatrix(uint32_t (&r)[4], const bf16* row) {
+#ifdef __CUDACC__
+    unsigned from = (unsigned)__cvta_generic_to_shared(row);
+    if (TRANSPOSED)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(from));
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(from));
+#else
+    emu::ldmatrix(r, row, TRANSPOSED);
+#endif
+}
+// d (16 x 8, FP32) += a (16 x 16) b (16 x 8), by a warp. Lane 4g + t holds
+//   of d   d[0], d[1]: row g, columns 2t, 2t+1; d[2], d[3]: the same of row g+8
+//   of a   a[0]: row g, columns 2t, 2t+1; a[1]: the same of row g+8; a[2], a[3]: as these, 8 columns on
+//   of b   b0: column g, rows 2t, 2t+1; b1: 8 rows on
+// so two neighbouring d, rounded to BF16, are an a: one product feeds the next without leaving the registers.
+__device__ static inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#ifdef __CUDACC__
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+    const uint32_t b[2] = {b0, b1};
+    emu::mma_bf16(d, a, b);
+#endif
+}
+__device__ static inline float exp2_fast(float x) {
+#ifdef __CUDACC__
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#else
+    return exp2f(x);
+#endif
+}
+__device__ static inline uint32_t pack_bf16(float low, float high) {
+    __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    uint32_t bits;
+    memcpy(&bits, &pair, 4);
+    return bits;
+}
+
+// A tile is N rows of D values. Where its chunks are, and how it is copied: `left` rows, then zeros.
+template <int D> __device__ static inline int chunk(int row, int c) { return row * D + (c ^ (row & 7)) * 8; }
+template <int D, int N>
+__device__ static inline void load_tile(bf16* to, const bf16* from, int stride, int left) {
+    const int c = threadIdx.x % (D / 8);
+    for (int r = threadIdx.x / (D / 8); r < N; r += MMA_THREADS / (D / 8))
+        copy_async<16>(to + chunk<D>(r, c), from + r * stride + c * 8, r < left);
+}
+// This warp's 16 rows of a tile of 64, as left operands.
+template <int D> __device__ static inline void load_rows(uint32_t (&a)[D / 16][4], const bf16* tile) {
+    const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane % 16;
+    for (int k = 0; k < D / 16; k++) ldmatrix<false>(a[k], tile + chunk<D>(row, 2 * k + lane / 16));
+}
+// s (16 x N) = a (16 x D) times the transpose of a tile (N x D).
+template <int D, int N>
+__device__ static inline void times_transposed(float (&s)[N / 8][4], const uint32_t (&a)[D / 16][4],
+                                               const bf16* tile) {
+    const int lane = threadIdx.x % 32;
+    memset(s, 0, sizeof s);
+    for (int k = 0; k < D / 16; k++)
+        for (int j = 0; j < N / 8; j += 2) {
+            uint32_t b[4];
+            ldmatrix<false>(b, tile + chunk<D>(8 * j + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
+            mma(s[j], a[k], b[0], b[1]);
+            mma(s[j + 1], a[k], b[2], b[3]);
+        }
+}
+// o (16 x D) += p (16 x N), rounded to BF16, times a tile (N x D).
+template <int D, int N>
+__device__ static inline void add_product(float (&o)[D / 8][4], const float (&p)[N / 8][4],
+                                          const bf16* tile) {
+    const int lane = threadIdx.x % 32;
+    for (int k = 0; k < N / 8; k += 2) {
+        const uint32_t a[4] = {pack_bf16(p[k][0], p[k][1]), pack_bf16(p[k][2], p[k][3]),
+                               pack_bf16(p[k + 1][0], p[k + 1][1]), pack_bf16(p[k + 1][2], p[k + 1][3])};
+        for (int j = 0; j < D / 8; j += 2) {
+            uint32_t b[4];
+            ldmatrix<true>(b, tile + chunk<D>(8 * k + lane % 16, j + lane / 16));
+            mma(o[j], a, b[0], b[1]);
+            mma(o[j + 1], a, b[2], b[3]);
+        }
+    }
+}
+// Hides from each query the keys after it. Rows are queries and columns keys, or the reverse.
+template <int N>
+__device__ static inline void hide(float (&s)[N / 8][4], int row0, int col0, bool rows_are_keys) {
+    const int row = row0 + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, col = col0 + threadIdx.x % 4 * 2;
+    for (int j = 0; j < N / 8; j++)
+        for (int i = 0; i < 4; i++) {
+            const int ahead = col + 8 * j + i % 2 - row - i / 2 * 8;
+            if (rows_are_keys ? ahead < 0 : ahead > 0) s[j][i] = -INFINITY;
+        }
+}
+// The online softmax: s becomes 2^(scale (s - max)), with o and sum brought to the new maximum. A lane has
+// parts of two rows, as have its three neighbours; each sums its own columns.
+template <int D, int N>
+__device__ static inline void softmax_step(float (&s)[N / 8][4], float (&o)[D / 8][4], float (&max)[2],
+                                           float (&sum)[2], float scale) {
+    for (int h = 0; h < 2; h++) {
+        float m = max[h];
+        for (int j = 0; j < N / 8; j++) m = fmaxf(m, fmaxf(s[j][2 * h], s[j][2 * h + 1]));
+        for (int i = 1; i < 4; i *= 2) m = fmaxf(m, __shfl_xor_sync(0xffffffff, m, i));
+        const float shrink = exp2_fast((max[h] - m) * scale);
+        max[h] = m;
+        sum[h] *= shrink;
+        for (int j = 0; j < D / 8; j++) o[j][2 * h] *= shrink, o[j][2 * h + 1] *= shrink;
+        for (int j = 0; j < N / 8; j++)
+            for (int i = 2 * h; i < 2 * h + 2; i++)
+                sum[h] += s[j][i] = exp2_fast(s[j][i] * scale - m * scale);
+    }
+}
+// The block's 64 x D result goes through shared memory to d, `left` rows of it: a lane's row g times low, its
+// row g+8 times high.
+template <int D>
+__device__ static void put_rows(Dest<bf16> d, bf16* shared, const float (&o)[D / 8][4], float low, float high,
+                                long row0, long col0, int left) {
+    const int lane = threadIdx.x % 32, stride = D + 2;  // D/2 + 1 words: each row starts one bank further
+    bf16* to = shared + (threadIdx.x / 32 * 16 + lane / 4) * stride + lane % 4 * 2;
+    __syncthreads();  // all are done with what was there
+    for (int j = 0; j < D / 8; j++) {
+        *(uint32_t*)(to + 8 * j) = pack_bf16(o[j][0] * low, o[j][1] * low);
+        *(uint32_t*)(to + 8 * j + 8 * stride) = pack_bf16(o[j][2] * high, o[j][3] * high);
+    }
+    __syncthreads();
+    put_tile(d, shared, stride, row0, col0, min(left, (int)ROWS), D);
+}
+
+// y and lse. A block: 64 queries of one head, the last ones first, for they have most keys. scale = log2(e) /
+// sqrt(D). Shared: Q and two tiles each of K and V, 64 rows: 40 KB for D = 64, 80 KB for D = 128.
+template <int D> static __global__ void __launch_bounds__(MMA_THREADS, D == 64 ? 4 : 2)
+attention_forward_mma(Dest<bf16> y, float* lse, const bf16* qkv, int T, long C, float scale) {
+    extern __shared__ __align__(16) bf16 shared[];
+    enum { SIZE = ROWS * D };
+    bf16 *Q = shared, *K = Q + SIZE, *V = K + 2 * SIZE;
+    const int last = gridDim.x - 1 - blockIdx.x, q0 = last * ROWS, lane = threadIdx.x % 32;
+    const long b = blockIdx.z, h = blockIdx.y, stride = 3 * C;
+    const bf16 *q = qkv + b * T * stride + h * D, *k = q + C, *v = k + C;
+    uint32_t rows[D / 16][4];
+    float o[D / 8][4] = {}, max[2] = {-INFINITY, -INFINITY}, sum[2] = {};
+    load_tile<D, ROWS>(Q, q + q0 * stride, stride, T - q0);
+    load_tile<D, ROWS>(K, k, stride, T);
+    load_tile<D, ROWS>(V, v, stride, T);
+    for (int j = 0; j <= last; j++) {
+        copy_wait();
+        __syncthreads();  // tile j is there, and nobody uses tile j-1 any more
+        if (j == 0) load_rows<D>(rows, Q);
+        if (j < last) {
+            const long k0 = (j + 1) * ROWS, at = (j + 1) % 2 * SIZE;
+            load_tile<D, ROWS>(K + at, k + k0 * stride, stride, T - k0);
+            load_tile<D, ROWS>(V + at, v + k0 * stride, stride, T - k0);
+        }
+        float s[ROWS / 8][4];
+        times_transposed<D, ROWS>(s, rows, K + j % 2 * SIZE);
+        if (j == last) hide<ROWS>(s, q0, j * ROWS, false);
+        softmax_step<D, ROWS>(s, o, max, sum, scale);
+        add_product<D, ROWS>(o, s, V + j % 2 * SIZE);
+    }
+    for (int i = 0; i < 2; i++) {
+        for (int n = 1; n < 4; n *= 2) sum[i] += __shfl_xor_sync(0xffffffff, sum[i], n);
+        const long t = q0 + threadIdx.x / 32 * 16 + lane / 4 + 8 * i;
+        if (lane % 4 == 0 && t < T) lse[(b * gridDim.y + h) * T + t] = max[i] * scale + log2f(sum[i]);
+    }
+    put_rows<D>(y, shared, o, 1.0f / sum[0], 1.0f / sum[1], b * T + q0, h * D, T - q0);
+}
+
+// Backward's shared memory: two tiles of 64 rows that stay, and twice a step's two tiles and two rows of
+// floats. 49 KB for D = 64, 64.5 KB for D = 128, whose narrower steps leave registers for the wider sums.
+template <int D> struct Backward {
+    enum { STEP = D == 64 ? 64 : 32, SIZE = STEP * D };
+    enum { BYTES = (2 * ROWS * D + 4 * SIZE) * sizeof(bf16) + 4 * STEP * sizeof(float) };
+};
+
+// dK and dV. A block: 64 keys of one head, over the queries from the first of these on. The scores are
+// transposed, their rows are keys, so that P^T and dS^T, being left operands, stay in registers. Queries
+// beyond T are zeros and add zeros. scale = 1 / sqrt(D).
+template <int D> static __global__ void __launch_bounds__(MMA_THREADS, D == 64 ? 3 : 2)
+attention_backward_kv_mma(Dest<bf16> dqkv, const bf16* dy, const bf16* qkv, const float* lse,
+                          const float* delta, int T, long C, float scale) {
+    extern __shared__ __align__(16) bf16 shared[];
+    enum { STEP = Backward<D>::STEP, SIZE = Backward<D>::SIZE };
+    bf16 *K = shared, *V = K + ROWS * D, *Q = V + ROWS * D, *dY = Q + 2 * SIZE;
+    float *L = (float*)(dY + 2 * SIZE), *E = L + 2 * STEP;  // lse and delta of the queries
+    const int k0 = blockIdx.x * ROWS, steps = (T - k0 + STEP - 1) / STEP, col = threadIdx.x % 4 * 2;
+    const long b = blockIdx.z, h = blockIdx.y, stride = 3 * C;
+    const bf16 *q = qkv + b * T * stride + h * D, *k = q + C, *v = k + C;
+    dy += b * T * C + h * D;
+    lse += (b * gridDim.y + h) * T;
+    delta += (b * gridDim.y + h) * T;
+    auto load_step = [&](int j) {
+        const long q0 = k0 + j * STEP, t = q0 + threadIdx.x, buffer = j % 2, at = buffer * STEP + threadIdx.x;
+        load_tile<D, STEP>(Q + buffer * SIZE, q + q0 * stride, stride, T - q0);
+        load_tile<D, STEP>(dY + buffer * SIZE, dy + q0 * C, C, T - q0);
+        if (threadIdx.x >= STEP) return;
+        copy_async<4>(L + at, lse + t, t < T);
+        copy_async<4>(E + at, delta + t, t < T);
+    };
+    float dk[D / 8][4] = {}, dv[D / 8][4] = {};
+    load_tile<D, ROWS>(K, k + k0 * stride, stride, T - k0);
+    load_tile<D, ROWS>(V, v + k0 * stride, stride, T - k0);
+    load_step(0);
+    for (int j = 0; j < steps; j++) {
+        copy_wait();
+        __syncthreads();  // as in forward
+        if (j + 1 < steps) load_step(j + 1);
+        const bf16 *Qj = Q + j % 2 * SIZE, *dYj = dY + j % 2 * SIZE;
+        const float *Lj = L + j % 2 * STEP + col, *Ej = E + j % 2 * STEP + col;
+        uint32_t rows[D / 16][4];  // read again in each step: there is no room to keep them
+        float p[STEP / 8][4], ds[STEP / 8][4];
+        load_rows<D>(rows, K);
+        times_transposed<D, STEP>(p, rows, Qj);
+        if (j * STEP < ROWS) hide<STEP>(p, k0, k0 + j * STEP, true);
+        for (int n = 0; n < STEP / 8; n++)
+            for (int i = 0; i < 4; i++)
+                p[n][i] = exp2_fast(p[n][i] * (scale * LOG2E) - Lj[8 * n + i % 2]);
+        add_product<D, STEP>(dv, p, dYj);
+        load_rows<D>(rows, V);
+        times_transposed<D, STEP>(ds, rows, dYj);
+        for (int n = 0; n < STEP / 8; n++)
+            for (int i = 0; i < 4; i++) ds[n][i] = p[n][i] * (ds[n][i] - Ej[8 * n + i % 2]);
+        add_product<D, STEP>(dk, ds, Qj);
+    }
+    put_rows<D>(dqkv, shared, dk, scale, scale, b * T + k0, C + h * D, T - k0);
+    put_rows<D>(dqkv, shared, dv, 1.0f, 1.0f, b * T + k0, 2 * C + h * D, T - k0);
+}
+
+// dQ. A block: 64 queries of one head, over the keys up to the last of these. scale = 1 / sqrt(D).
+template <int D> static __global__ void __launch_bounds__(MMA_THREADS, D == 64 ? 3 : 2)
+attention_backward_q_mma(Dest<bf16> dqkv, const bf16* dy, const bf16* qkv, const float* lse,
+                         const float* delta, int T, long C, float scale) {
+    extern __shared__ __align__(16) bf16 shared[];
+    enum { STEP = Backward<D>::STEP, SIZE = Backward<D>::SIZE };
+    bf16 *Q = shared, *dY = Q + ROWS * D, *K = dY + ROWS * D, *V = K + 2 * SIZE;
+    const int q0 = (gridDim.x - 1 - blockIdx.x) * ROWS, steps = (min(q0 + ROWS, T) + STEP - 1) / STEP;
+    const long b = blockIdx.z, h = blockIdx.y, stride = 3 * C;
+    const bf16 *q = qkv + b * T * stride + h * D, *k = q + C, *v = k + C;
+    auto load_step = [&](int j) {
+        const long first = j * STEP, at = j % 2 * SIZE;
+        load_tile<D, STEP>(K + at, k + first * stride, stride, T - first);
+        load_tile<D, STEP>(V + at, v + first * stride, stride, T - first);
+    };
+    uint32_t q_rows[D / 16][4], dy_rows[D / 16][4];
+    float dq[D / 8][4] = {}, L[2] = {}, E[2] = {};  // lse and delta of a lane's two rows
+    load_tile<D, ROWS>(Q, q + q0 * stride, stride, T - q0);
+    load_tile<D, ROWS>(dY, dy + (b * T + q0) * C + h * D, C, T - q0);
+    load_step(0);
+    for (int i = 0; i < 2; i++) {
+        const long t = q0 + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + 8 * i, row = b * gridDim.y + h;
+        if (t < T) L[i] = lse[row * T + t], E[i] = delta[row * T + t];
+    }
+    for (int j = 0; j < steps; j++) {
+        copy_wait();
+        __syncthreads();  // as in forward
+        if (j == 0) load_rows<D>(q_rows, Q), load_rows<D>(dy_rows, dY);
+        if (j + 1 < steps) load_step(j + 1);
+        const bf16 *Kj = K + j % 2 * SIZE, *Vj = V + j % 2 * SIZE;
+        float p[STEP / 8][4], ds[STEP / 8][4];
+        times_transposed<D, STEP>(p, q_rows, Kj);
+        if ((j + 1) * STEP > q0) hide<STEP>(p, q0, j * STEP, false);
+        times_transposed<D, STEP>(ds, dy_rows, Vj);
+        for (int n = 0; n < STEP / 8; n++)
+            for (int i = 0; i < 4; i++)
+                ds[n][i] = exp2_fast(p[n][i] * (scale * LOG2E) - L[i / 2]) * (ds[n][i] - E[i / 2]);
+        add_product<D, STEP>(dq, ds, Kj);
+    }
+    put_rows<D>(dqkv, shared, dq, scale, scale, b * T + q0, h * D, T - q0);
+}
+
+// ---- Attention, plain: FP32, and head sizes other than 64 and 128
+// A block is one warp and makes one row, of which lane l has the values l, l + 32, and so on. No tensor cores
+// and no shared memory: to be read and compared with, not to be fast.
+enum { ATTENTION_MAX_D = 512, LANE_D = ATTENTION_MAX_D / 32 };
+
+template <class S> __device__ static float warp_dot(const S* a, const S* b, int D) {
+    float sum = 0.0f;
+    for (int d = threadIdx.x % 32; d < D; d += 32) sum += (float)a[d] * (float)b[d];
+    for (int i = 16; i > 0; i /= 2) sum += __shfl_xor_sync(0xffffffff, sum, i);
+    return sum;
+}
+template <class S>
+__device__ static void add_row(float (&to)[LANE_D], float factor, const S* row, int D) {
+    for (int i = 0, d = threadIdx.x; i < LANE_D; i++, d += 32)
+        if (d < D) to[i] += factor * (float)row[d];
+}
+template <class S>
+__device__ static void put_row(Dest<S> to, long n, long col, const float (&x)[LANE_D], float factor,
+                               int D) {
+    for (int i = 0, d = threadIdx.x; i < LANE_D; i++, d += 32) {
+        if (d >= D) continue;
+        const S value = (S)(x[i] * factor);
+        const fp8 code = to_fp8((float)value, to.format);
+        if (to.out) to.out[n * to.W + col + d] = value;
+        if (to.q) to.q[n * to.W + col + d] = code;
+        if (to.qt) to.qt[(col + d) * to.Np + n] = code;
+    }
+}
+
+// y and lse of query blockIdx.x. scale = log2(e) / sqrt(D).
+template <class S> static __global__ void __launch_bounds__(32)
+attention_forward_plain(Dest<S> y, float* lse, const S* qkv, long T, int D, float scale) {
+    const long t = blockIdx.x, h = blockIdx.y, b = blockIdx.z, C = (long)gridDim.y * D, stride = 3 * C;
+    const S *q = qkv + b * T * stride + h * D, *k = q + C, *v = k + C;
+    float o[LANE_D] = {}, max = -INFINITY, sum = 0.0f;
+    for (long j = 0; j <= t; j++) {
+        const float s = scale * warp_dot(q + t * stride, k + j * stride, D), m = fmaxf(max, s);
+        const float shrink = exp2f(max - m), p = exp2f(s - m);
+        for (int i = 0; i < LANE_D; i++) o[i] *= shrink;
+        add_row(o, p, v + j * stride, D);
+        sum = sum * shrink + p;
+        max = m;
+    }
+    put_row(y, b * T + t, h * D, o, 1.0f / sum, D);
+    if (threadIdx.x == 0) lse[(b * gridDim.y + h) * T + t] = max + log2f(sum);
+}
+
+// dQ, dK and dV of position blockIdx.x: over the keys up to it, then over the queries from it on.
+template <class S> static __global__ void __launch_bounds__(32)
+attention_backward_plain(Dest<S> dqkv, const S* dy, const S* qkv, const float* lse,
+                         const float* delta, long T, int D, float scale) {  // 1 / sqrt(D)
+    const long t = blockIdx.x, h = blockIdx.y, b = blockIdx.z, C = (long)gridDim.y * D, stride = 3 * C;
+    const S *q = qkv + b * T * stride + h * D, *k = q + C, *v = k + C;
+    dy += b * T * C + h * D;
+    lse += (b * gridDim.y + h) * T;
+    delta += (b * gridDim.y + h) * T;
+    auto probability = [&](long i, long j) {  // of key j for query i
+        return exp2f(scale * LOG2E * warp_dot(q + i * stride, k + j * stride, D) - lse[i]);
+    };
+    auto score_gradient = [&](long i, long j, float p) {
+        return p * (warp_dot(dy + i * C, v + j * stride, D) - delta[i]);
+    };
+    float dq[LANE_D] = {}, dk[LANE_D] = {}, dv[LANE_D] = {};
+    for (long j = 0; j <= t; j++) add_row(dq, score_gradient(t, j, probability(t, j)), k + j * stride, D);
+    for (long i = t; i < T; i++) {
+        const float p = probability(i, t);
+        add_row(dv, p, dy + i * C, D);
+        add_row(dk, score_gradient(i, t, p), q + i * stride, D);
+    }
+    put_row(dqkv, b * T + t, h * D, dq, scale, D);
+    put_row(dqkv, b * T + t, C + h * D, dk, scale, D);
+    put_row(dqkv, b * T + t, 2 * C + h * D, dv, 1.0f, D);
+}
+
+// delta = rowsum(dY Y) within each head: a warp for one head of one position.
+template <class S>
+static __global__ void attention_dot(float* delta, const S* dy, const S* y, long B, long T, long H, int D) {
+    const long i = (blockIdx.x * (long)blockDim.x + threadIdx.x) / 32, n = i / H, h = i % H;
+    if (n >= B * T) return;
+    const float sum = warp_dot(dy + i * D, y + i * D, D);
+    if (threadIdx.x % 32 == 0) delta[(n / T * H + h) * T + n % T] = sum;
+}
+
+// ---- Attention: the launches
+template <int D>
+static void forward_mma(Dest<bf16> y, float* lse, const bf16* qkv, long B, long T, long C, cudaStream_t s) {
+    const dim3 grid(div_up(T, ROWS), C / D, B);
+    const int bytes = 5 * ROWS * D * sizeof(bf16);
+    cudaFuncSetAttribute(attention_forward_mma<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    attention_forward_mma<D><<<grid, MMA_THREADS, bytes, s>>>(y, lse, qkv, T, C, LOG2E / sqrtf(D));
+    launched("attention_forward_mma");
+}
+template <int D>
+static void backward_mma(Dest<bf16> dqkv, const bf16* dy, const bf16* qkv, const float* lse,
+                         const float* delta, long B, long T, long C, cudaStream_t s) {
+    const dim3 grid(div_up(T, ROWS), C / D, B);
+    const int bytes = Backward<D>::BYTES;
+    const float scale = 1.0f / sqrtf(D);
+    cudaFuncSetAttribute(attention_backward_kv_mma<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    cudaFuncSetAttribute(attention_backward_q_mma<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    attention_backward_kv_mma<D><<<grid, MMA_THREADS, bytes, s>>>(dqkv, dy, qkv, lse, delta, T, C, scale);
+    launched("attention_backward_kv_mma");
+    attention_backward_q_mma<D><<<grid, MMA_THREADS, bytes, s>>>(dqkv, dy, qkv, lse, delta, T, C, scale);
+    launched("attention_backward_q_mma");
+}
+
+// y (B,T,C) and lse from qkv: attention_forward of train_us.c.
+template <class S>
+static void attention_forward_gpu(Dest<S> y, float* lse, const S* qkv, long B, long T, long C, long H,
+                                  cudaStream_t s) {
+    const long D = C / H;
+    if constexpr (sizeof(S) == sizeof(bf16)) {
+        if (D == 64) return forward_mma<64>(y, lse, qkv, B, T, C, s);
+        if (D == 128) return forward_mma<128>(y, lse, qkv, B, T, C, s);
+    }
+    if (D > ATTENTION_MAX_D)
+        die("heads of %ld values: the GPU has kernels for %d at most; use more heads", D, ATTENTION_MAX_D);
+    attention_forward_plain<S><<<dim3(T, H, B), 32, 0, s>>>(y, lse, qkv, T, D, LOG2E / sqrtf(D));
+    launched("attention_forward_plain");
+}
+
+// dqkv from dy, y, qkv and lse: attention_backward of train_us.c. delta (B,H,T) is work space.
+template <class S>
+static void attention_backward_gpu(Dest<S> dqkv, float* delta, const S* dy, const S* y,
+                                   const S* qkv, const float* lse, long B, long T, long C, long H,
+                                   cudaStream_t s) {
+    const long D = C / H;
+    const float scale = 1.0f / sqrtf(D);
+    attention_dot<S><<<div_up(B * T * H, THREADS / 32), THREADS, 0, s>>>(delta, dy, y, B, T, H, D);
+    launched("attention_dot");
+    if constexpr (sizeof(S) == sizeof(bf16)) {
+        if (D == 64) return backward_mma<64>(dqkv, dy, qkv, lse, delta, B, T, C, s);
+        if (D == 128) return backward_mma<128>(dqkv, dy, qkv, lse, delta, B, T, C, s);
+    }
+    attention_backward_plain<S><<<dim3(T, H, B), 32, 0, s>>>(dqkv, dy, qkv, lse, delta, T, D, scale);
+    launched("attention_backward_plain");
+}
+// ---- Loss --------------------------------------------------------------------------------------------------
+// Cross-entropy of a row of logits, a block a row; with want_gradient the logits become their own gradient,
+// scale (softmax - onehot) and zero in the padded columns V..Vp-1. See loss_forward_backward on scale.
+template <class S> static __global__ void __launch_bounds__(512)
+loss_kernel(float* losses, S* logits, const int* targets, int want_gradient, float scale, long V, long Vp) {
+    __shared__ float shared[32];
+    S* z = logits + (long)blockIdx.x * Vp;
+    const int target = targets[blockIdx.x];
+    float max = -INFINITY, sum = 0;  // of exp(z - max), as seen by this thread so far
+    for (long v = (long)threadIdx.x * Pack<S>::N; v < V; v += (long)blockDim.x * Pack<S>::N) {
+        const Pack<S> p = *(const Pack<S>*)(z + v);
+        float most = max;
+        for (int i = 0; i < Pack<S>::N && v + i < V; i++) most = fmaxf(most, (float)p.v[i]);
+        sum *= fast_exp(max - most);
+        for (int i = 0; i < Pack<S>::N && v + i < V; i++) sum += fast_exp((float)p.v[i] - most);
+        max = most;
+    }
+    float most = max;
+    for (int i = 16; i; i /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, i));
+    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = most;
+    __syncthreads();
+    for (int i = 0; i < (int)blockDim.x / 32; i++) most = fmaxf(most, shared[i]);
+    sum = block_sum(max == -INFINITY ? 0.0f : sum * fast_exp(max - most), shared);
+    if (threadIdx.x == 0) losses[blockIdx.x] = logf(sum) + most - (float)z[target];
+    __syncthreads();  // the target's logit is read before anyone writes
+    if (!want_gradient) return;
+    for (long v = (long)threadIdx.x * Pack<S>::N; v < Vp; v += (long)blockDim.x * Pack<S>::N) {
+        Pack<S> p = *(const Pack<S>*)(z + v);
+        for (int i = 0; i < Pack<S>::N; i++) {
+            float d = v + i < V ? scale * (fast_exp((float)p.v[i] - most) / sum) : 0.0f;
+            p.v[i] = (S)(v + i == target ? d - scale : d);
+        }
+        *(Pack<S>*)(z + v) = p;
+    }
+}
+
+// ---- What a step comes to ----------------------------------------------------------------------------------
+// The one struct that goes back to the host each step.
+typedef struct { double loss, norm2; int bad, stop; } Result;  // bad: first tensor not finite, or -1
+
+static __global__ void __launch_bounds__(THREADS) add_loss_kernel(Result* r, const float* losses, long N) {
+    __shared__ double shared[32];
+    double sum = 0;
+    for (long n = threadIdx.x; n < N; n += THREADS) sum += losses[n];
+    sum = block_sum(sum, shared);
+    if (threadIdx.x == 0) r->loss += sum / (double)N;
+}
+
+// Sums of squares of the gradients, by chunks that never span two tensors.
+enum { CHUNK = 65536 };
+typedef struct { long offset, n; int tensor; } Chunk;
+static __global__ void __launch_bounds__(THREADS)
+norm_chunk_kernel(double* sums, const float* grads, const Chunk* chunks) {
+    __shared__ double shared[32];
+    const Chunk k = chunks[blockIdx.x];
+    double sum = 0;
+    for (long i = (long)threadIdx.x * 16; i < k.n; i += THREADS * 16) {
+        float v[16], part = 0;
+        load16(v, grads + k.offset + i);
+        for (int j = 0; j < 16; j++) part += v[j] * v[j];
+        sum += part;
+    }
+    sum = block_sum(sum, shared);
+    if (threadIdx.x == 0) sums[blockIdx.x] = sum;
+}
+static __global__ void __launch_bounds__(THREADS)
+result_kernel(Result* r, const double* sums, const Chunk* chunks, int n) {
+    __shared__ double shared[32];
+    __shared__ int first[THREADS];
+    double sum = 0;
+    int bad = INT32_MAX;
+    for (int i = (int)threadIdx.x; i < n; i += THREADS) {
+        sum += sums[i];
+        if (!isfinite(sums[i])) bad = min(bad, chunks[i].tensor);
+    }
+    first[threadIdx.x] = bad;
+    sum = block_sum(sum, shared);
+    if (threadIdx.x) return;
+    for (int i = 0; i < THREADS; i++) bad = min(bad, first[i]);
+    r->norm2 = sum;
+    r->bad = bad == INT32_MAX ? -1 : bad;
+    r->stop = r->bad >= 0 || !isfinite(r->loss);
+}
+
+// ---- Optimizer ---------------------------------------------------------------------------------------------
+// One step of a tensor (rows, cols), and the copies of it that the matmuls read. lr_factor < 0: only the
+// copies. A step that is not finite changes nothing.
+template <class S> static __global__ void __launch_bounds__(THREADS)
+update_kernel(Dest<S> copy, float* w, float* m, float* v, const float* g, const Rates* rates,
+                  const Result* result, float lr_factor, int decays, long rows, long cols) {
+    __shared__ S tile[TILE * STRIDE];
+    const long row0 = (long)blockIdx.y * TILE, col0 = (long)blockIdx.x * TILE;
+    const long row = row0 + tile_row(), col = col0 + tile_col(), at = row * cols + col;
+    const bool update = lr_factor >= 0, live = row < rows && col < cols;
+    if (update && result->stop) return;
+    if (live) {
+        float wt[16], mt[16], vt[16], gt[16];
+        load16(wt, w + at);
+        if (update) {
+            const Rates r = *rates;
+            const float lr = r.lr * lr_factor, decay = decays ? r.decay : 0.0f;
+            load16(mt, m + at);
+            load16(gt, g + at);
+            if (v) load16(vt, v + at);
+            for (int i = 0; i < 16; i++)
+                wt[i] = v ? adamw(wt[i], &mt[i], &vt[i], gt[i], lr, decay, r)
+                          : lion(wt[i], &mt[i], gt[i], lr, decay);
+            store16(w + at, wt);
+            store16(m + at, mt);
+            if (v) store16(v + at, vt);
+        }
+        fill_tile(tile, wt);
+    }
+    if (!copy.out && !copy.q) return;  // the same for all threads
+    __syncthreads();
+    put_tile(copy, tile, STRIDE, row0, col0, (int)min(rows - row0, (long)TILE),
+             (int)min(cols - col0, (long)TILE));
+}
+
+// ---- Unit-scale statistics ---------------------------------------------------------------------------------
+// As stat_measure: of the BF16 values, and of what a cast to `format` would make of them. A block a part.
+template <class S> static __global__ void __launch_bounds__(THREADS)
+stat_kernel(StatSums* sums, const S* x, long n, int bf16_first, Format format) {
+    __shared__ float shared[32];
+    StatSums s = {0, 0, 0, 0, 0};
+    for (long i = (long)blockIdx.x * THREADS + threadIdx.x; i < n; i += (long)gridDim.x * THREADS) {
+        const float v = bf16_first ? round_bf16((float)x[i]) : (float)x[i], a = fabsf(v);
+        const float cast = fabsf(format == E4M3   ? round_fp8(v, E4M3)
+                                 : format == E5M2 ? round_fp8(v, E5M2)
+                                                  : v);
+        const float most = format == E4M3 ? 448.0f : format == E5M2 ? 57344.0f : FLT_MAX;
+        s.square += v * v;
+        s.max = a > s.max ? a : s.max;
+        s.nonzero += a != 0.0f ? 1.0f : 0.0f;
+        s.flushed += a != 0.0f && cast == 0.0f ? 1.0f : 0.0f;
+        s.saturated += a > most ? 1.0f : 0.0f;
+    }
+    s.square = block_sum(s.square, shared);
+    s.nonzero = block_sum(s.nonzero, shared);
+    s.flushed = block_sum(s.flushed, shared);
+    s.saturated = block_sum(s.saturated, shared);
+    for (int i = 16; i; i /= 2) s.max = fmaxf(s.max, __shfl_xor_sync(~0u, s.max, i));
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = s.max;
+    __syncthreads();
+    for (int i = 0; i < THREADS / 32; i++) s.max = fmaxf(s.max, shared[i]);
+    if (threadIdx.x == 0) sums[blockIdx.x] = s;
+}
+
+// The BF16 values of FP8 codes, for cards whose tensor cores have no FP8.
+static __global__ void __launch_bounds__(THREADS)
+decode_kernel(bf16* out, const fp8* codes, Format format, long n) {
+    const long i = (long)blockIdx.x * THREADS + threadIdx.x;
+    if (i < n) out[i] = (bf16)fp8_decode(codes[i], format);
+}
+
+// ---- Matmul by cuBLASLt ------------------------------------------------------------------------------------
+// As in train_us.c: out[i*ld + j] (+)= alpha * sum over k of a(i,k) b(j,k). An operand is stored with k
+// contiguous or with i (j); FP8 has to have k contiguous in both, and has alpha as its only scale: no scale
+// pointer is ever set ([µS] 3: that is the point).
+typedef struct { const void* p; long ld; int k_contiguous; cudaDataType_t type; } Side;
+typedef struct { long M, N, K, ld_a, ld_b, ld; int k_a, k_b, type_a, type_b, type, align, fast, add; } Shape;
+typedef struct {
+    Shape shape;
+    cublasLtMatmulDesc_t operation;
+    cublasLtMatrixLayout_t a, b, out;
+    cublasLtMatmulAlgo_t algo;
+} Product;
+static struct {
+    cublasLtHandle_t handle;
+    void* workspace;
+    bf16* decoded[2];  // both operands of an FP8 product, on cards without FP8
+    Product* products;
+    int count;
+} lt;
+enum { WORKSPACE = 32 << 20 };
+
+static long bytes_of(cudaDataType_t t) { return t == CUDA_R_32F ? 4 : t == CUDA_R_16BF ? 2 : 1; }
+static const char* type_name(int t) {
+    return t == CUDA_R_32F ? "FP32" : t == CUDA_R_16BF ? "BF16" : t == CUDA_R_8F_E4M3 ? "E4M3" : "E5M2";
+}
+static cublasLtMatrixLayout_t layout(int type, long contiguous, long other, long ld) {
+    cublasLtMatrixLayout_t l;
+    LT(cublasLtMatrixLayoutCreate(&l, (cudaDataType_t)type, (uint64_t)contiguous, (uint64_t)other, ld));
+    return l;
+}
+// cuBLASLt is column-major: what is row-major here is its transpose there, so a and b change places.
+static const Product* product_of(const Shape* s) {
+    for (int i = 0; i < lt.count; i++)
+        if (memcmp(&lt.products[i].shape, s, sizeof *s) == 0) return &lt.products[i];
+    lt.products = (Product*)realloc(lt.products, sizeof(Product) * (size_t)(lt.count + 1));
+    if (!lt.products) die("out of memory");
+    Product* p = &lt.products[lt.count++];
+    p->shape = *s;
+    const cublasOperation_t op_b = s->k_b ? CUBLAS_OP_T : CUBLAS_OP_N,
+                            op_a = s->k_a ? CUBLAS_OP_N : CUBLAS_OP_T;
+    const int8_t fast = (int8_t)s->fast;
+    LT(cublasLtMatmulDescCreate(&p->operation, CUBLAS_COMPUTE_32F, CUDA_R_32F));
+    LT(cublasLtMatmulDescSetAttribute(p->operation, CUBLASLT_MATMUL_DESC_TRANSA, &op_b, sizeof op_b));
+    LT(cublasLtMatmulDescSetAttribute(p->operation, CUBLASLT_MATMUL_DESC_TRANSB, &op_a, sizeof op_a));
+    LT(cublasLtMatmulDescSetAttribute(p->operation, CUBLASLT_MATMUL_DESC_FAST_ACCUM, &fast, sizeof fast));
+    p->b = s->k_b ? layout(s->type_b, s->K, s->N, s->ld_b) : layout(s->type_b, s->N, s->K, s->ld_b);
+    p->a = s->k_a ? layout(s->type_a, s->K, s->M, s->ld_a) : layout(s->type_a, s->M, s->K, s->ld_a);
+    p->out = layout(s->type, s->N, s->M, s->ld);
+    cublasLtMatmulPreference_t preference;
+    const size_t workspace = WORKSPACE;
+    const uint32_t align = (uint32_t)s->align;
+    const cublasLtMatmulPreferenceAttributes_t aligned[] = {
+        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES};
+    LT(cublasLtMatmulPreferenceCreate(&preference));
+    LT(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace,
+                                            sizeof workspace));
+    for (int i = 0; i < 4; i++)
+        LT(cublasLtMatmulPreferenceSetAttribute(preference, aligned[i], &align, sizeof align));
+    cublasLtMatmulHeuristicResult_t found;
+    int n = 0;
+    cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(lt.handle, p->operation, p->b, p->a, p->out,
+                                                           p->out, preference, 1, &found, &n);
+    if (status != CUBLAS_STATUS_SUCCESS || n == 0)
+        die("cuBLASLt cannot multiply (%ld,%ld) %s by (%ld,%ld) %s into %s (status %d); try --precision bf16",
+            s->M, s->K, type_name(s->type_a), s->K, s->N, type_name(s->type_b), type_name(s->type),
+            (int)status);
+    p->algo = found.algo;
+    LT(cublasLtMatmulPreferenceDestroy(preference));
+    return p;
+}
+
+// FP32 out with add = 1 accumulates. fast: FP8 sums of about 14 bits, for outputs that are rounded to BF16.
+static void gemm(const char* name, void* out, cudaDataType_t type, long ld, Side a, Side b, long M, long N,
+                 long K, float alpha, int add, int fast) {
+    Side* const sides[] = {&a, &b};
+    const long rows[] = {a.k_contiguous ? M : K, b.k_contiguous ? N : K};
+    for (int i = 0; i < 2; i++) {
+        Side* s = sides[i];
+        if (bytes_of(s->type) > 1 || !lt.decoded[0]) continue;
+        const long n = rows[i] * s->ld;
+        decode_kernel<<<(unsigned)div_up(n, THREADS), THREADS, 0, stream>>>(
+            lt.decoded[i], (const fp8*)s->p, s->type == CUDA_R_8F_E4M3 ? E4M3 : E5M2, n);
+        launched("decode");
+        s->p = lt.decoded[i], s->type = CUDA_R_16BF;
+    }
+    const uintptr_t bits = (uintptr_t)a.p | (uintptr_t)b.p | (uintptr_t)out | 256;
+    Shape s;
+    memset(&s, 0, sizeof s);  // for memcmp: padding too
+    s.M = M, s.N = N, s.K = K, s.ld_a = a.ld, s.ld_b = b.ld, s.ld = ld, s.k_a = a.k_contiguous;
+    s.k_b = b.k_contiguous, s.type_a = a.type, s.type_b = b.type, s.type = type, s.fast = fast, s.add = add;
+    s.align = (int)(bits & -bits);
+    const Product* p = product_of(&s);
+    const float beta = (float)add;
+    LT(cublasLtMatmul(lt.handle, p->operation, &alpha, b.p, p->b, a.p, p->a, &beta, out, p->out, out, p->out,
+                      &p->algo, lt.workspace, WORKSPACE, stream));
+    launched(name);
+}
+
+// ---- The model on the GPU ----------------------------------------------------------------------------------
+// Device memory. The buffers are train_us.c's, in the stream's format; of the inputs of the four linears of a
+// block the FP8 mode keeps the transposed codes instead (backward needs no others).
+enum { LINEARS = 4, MAX_LAYERS = 1000, HEAD_ROWS = 8192 };  // HEAD_ROWS: logits exist for so many at a time
+static struct {
+    cudaDeviceProp card;
+    int is_fp8, native;                     // hidden operands are FP8; the card multiplies FP8
+    cudaDataType_t type;                    // of the stream
+    float *params, *grads, *m, *v;          // as in Model
+    fp8 *w, *wt;                            // E4M3 codes of the blocks' tensors, at the tensors' offsets
+    void *w16, *head;                       // BF16 copies: of the blocks' tensors unless FP8, of the head
+    void* act[BUFFERS][MAX_LAYERS];         // forward's buffers and backward's, see buffer_place
+    fp8* xt[LINEARS][MAX_LAYERS];           // (I,Np) codes of a linear's input
+    fp8 *x, *dy, *dyt;  // codes of one linear's input, of one output gradient: (N,4C), (4C,Np)
+    float *lse[MAX_LAYERS], *delta;         // (B,H,T) of attention
+    float* partial;                         // of dgain and dbias
+    int *batch, *staged[2];  // tokens, targets, order, starts: on the GPU, and host copies of a step
+    double* sums;                           // a chunk's sum of squares
+    Chunk* chunks;
+    int num_chunks;
+    Rates *rates, *host_rates;
+    Result *result, *host_result;
+    StatSums *stat, *host_stat;
+    cudaGraphExec_t micro, finish;          // forward and backward of a batch; norm and update
+    int micro_runs, finish_runs;
+    int turn;                               // which of staged the next step finds its batches in
+    long staged_at, staged_end;             // sequences they begin and end at; -1: nothing is staged
+    int full;                               // statistics or a trace: write BF16 values along with codes
+    int tracing;
+    double ceiling;                         // measured, FLOP/s; 0: not measured
+    double bytes[5];                        // of memory, by part
+} gpu = {};
+enum { WEIGHTS, OPTIMIZER, GRADIENTS, ACTIVATIONS, WORK };
+enum { STAT_PARTS = 256 };
+
+static long ints_of_batch(const Model* m) { return 3 * m->rows + m->c.vocab + 1; }
+static long padded(long N) { return div_up(N, 16) * 16; }
+
+// How many of a buffer there are: as kept() says, or one that every block uses in turn, or none.
+static int buffers_of(const Model* m, int k) {
+    const int per_block = kept(m, k), us = m->scheme->norm_last;
+    if (k == A_NORM1 || k == A_NORM2) return us || gpu.is_fp8 ? 0 : per_block;
+    if (k == A_G) return gpu.is_fp8 ? 0 : per_block;
+    if (k == A_OUT || k == A_DOWN) return us ? per_block : 1;        // sp: used up by the residual sum
+    if (k == A_MID) return us && gpu.is_fp8 ? 1 : per_block;            // us: backward needs its codes only
+    if (k == A_X) return us && gpu.is_fp8 && !m->c.recompute ? 1 : per_block;
+    return k == A_LOSSES ? 0 : per_block;
+}
+
+// The allocation plan. It is carried out, or only added up.
+static void* allocations[64 * MAX_LAYERS];
+static int num_allocations;
+static void plan_one(void** at, int part, double bytes) {
+    gpu.bytes[part] += bytes;
+    if (!at || bytes == 0) return;
+    CUDA(cudaMalloc(at, (size_t)bytes));
+    allocations[num_allocations++] = *at;
+}
+#define PLAN(pointer, part, bytes) plan_one(carry_out ? (void**)&(pointer) : NULL, part, (double)(bytes))
+static double plan(const Model* m, int training, int carry_out) {
+    const double C = m->c.width, N = (double)m->rows, S = (double)bytes_of(gpu.type),
+                 P = (double)m->num_params;
+    const double hidden = (double)tensor(m, 0, WTE)->offset, Np = (double)padded(m->rows);
+    const int slots = m->c.recompute ? 1 : m->c.layers, widths[LINEARS] = {1, 1, 1, 4};
+    memset(gpu.bytes, 0, sizeof gpu.bytes);
+    PLAN(gpu.params, WEIGHTS, 4 * P);
+    if (gpu.is_fp8) PLAN(gpu.w, WEIGHTS, hidden);
+    if (gpu.is_fp8 && training) PLAN(gpu.wt, WEIGHTS, hidden);
+    if (gpu.type == CUDA_R_16BF) PLAN(gpu.head, WEIGHTS, 2 * C * (double)m->vp);
+    if (gpu.type == CUDA_R_16BF && !gpu.is_fp8) PLAN(gpu.w16, WEIGHTS, 2 * hidden);
+    if (training) {
+        PLAN(gpu.m, OPTIMIZER, 4 * P);
+        if (m->c.optimizer == ADAMW) PLAN(gpu.v, OPTIMIZER, 4 * P);
+        PLAN(gpu.grads, GRADIENTS, 4 * P);
+    }
+    for (int k = 0; k < BUFFERS; k++) {
+        const double width = (double)dim_of(&m->c, BUFFER_KINDS[k].width);
+        const double rows = k == A_LOGITS ? fmin(N, HEAD_ROWS) : N;
+        for (int l = 0; l < buffers_of(m, k) && (training || k < D_X || k == D_WIDE || k == D_BRANCH); l++)
+            PLAN(gpu.act[k][l], ACTIVATIONS, rows * width * (width == 1 ? 4 : S));
+    }
+    PLAN(gpu.act[A_LOSSES][0], ACTIVATIONS, 4 * N);
+    for (int l = 0; l < slots; l++) {
+        PLAN(gpu.lse[l], ACTIVATIONS, 4 * N * m->c.heads);
+        for (int i = 0; i < LINEARS && gpu.is_fp8 && training; i++)
+            PLAN(gpu.xt[i][l], ACTIVATIONS, widths[i] * C * Np);
+    }
+    if (gpu.is_fp8) PLAN(gpu.x, WORK, 4 * C * N);
+    if (training) {
+        if (gpu.is_fp8) PLAN(gpu.dy, WORK, 4 * C * N);
+        if (gpu.is_fp8) PLAN(gpu.dyt, WORK, 4 * C * Np);
+        PLAN(gpu.delta, WORK, 4 * N * m->c.heads);
+        PLAN(gpu.partial, WORK, 32 * C * (double)div_up(m->rows, TILE));
+        PLAN(gpu.chunks, WORK, sizeof(Chunk) * (P / CHUNK + (double)m->num_tensors + 1));
+        PLAN(gpu.sums, WORK, sizeof(double) * (P / CHUNK + (double)m->num_tensors + 1));
+        PLAN(gpu.stat, WORK, sizeof(StatSums) * STAT_PARTS);
+    }
+    for (int i = 0; i < 2 && gpu.is_fp8 && !gpu.native; i++)
+        PLAN(lt.decoded[i], WORK, 2 * 4 * C * fmax(C, training ? Np : N));
+    PLAN(gpu.batch, WORK, 4 * (double)ints_of_batch(m));
+    PLAN(gpu.rates, WORK, sizeof(Rates));
+    PLAN(gpu.result, WORK, sizeof(Result));
+    PLAN(lt.workspace, WORK, WORKSPACE);
+    double total = 0;
+    for (int i = 0; i <= WORK; i++) total += gpu.bytes[i];
+    return total;
+}
+static double plan_for_batch(const Model* m, int batch, int recompute) {
+    Config c = m->c;
+    Model other;
+    c.batch = batch, c.recompute = recompute;
+    model_layout(&other, &c);
+    const double bytes = plan(&other, m->grads != NULL, 0);
+    free(other.tensors);
+    return bytes;
+}
+// The largest batch whose plan fits into so many bytes; 0: none.
+static int largest_batch(const Model* m, double bytes, int recompute) {
+    int fits = 0, too_many = 65537;
+    while (too_many - fits > 1) {
+        const int middle = (fits + too_many) / 2;
+        *(plan_for_batch(m, middle, recompute) <= bytes ? &fits : &too_many) = middle;
+    }
+    return fits;
+}
+
+template <class S> static S* act(const Model* m, int l, int kind) {
+    return (S*)gpu.act[kind][buffers_of(m, kind) > 1 ? l : 0];
+}
+static float* floats_of(const Model* m, int l, int kind) { return act<float>(m, l, kind); }
+static float* param_gpu(const Model* m, int l, int kind) { return gpu.params + tensor(m, l, kind)->offset; }
+static float* grad_gpu(const Model* m, int l, int kind) { return gpu.grads + tensor(m, l, kind)->offset; }
+static int slot(const Model* m, int l) { return m->c.recompute ? 0 : l; }
+
+static Side side(const void* p, long ld, int k_contiguous, cudaDataType_t type) {
+    Side s = {p, ld, k_contiguous, type};
+    return s;
+}
+
+// ---- Looking at tensors ------------------------------------------------------------------------------------
+template <class S> static void fetch_floats(float* to, const S* from, long n) {
+    S* host = (S*)alloc(sizeof(S) * (double)n);
+    CUDA(cudaStreamSynchronize(stream));
+    CUDA(cudaMemcpy(host, from, sizeof(S) * (size_t)n, cudaMemcpyDeviceToHost));
+    for (long i = 0; i < n; i++) to[i] = (float)host[i];
+    free(host);
+}
+// A trace fills the host's buffers.
+template <class S> static void trace_buffer(Model* m, int l, int kind, const S* from, long row, long n) {
+    if (!gpu.tracing) return;
+    fetch_floats(buffer(m, l, kind, row), from, n);
+    watched(m, l, kind, n);
+}
+template <class S> static void stat_gpu(Model* m, int row, const char* name, int operand, const S* x, long n,
+                                        Format f) {
+    if (!m->stats_on) return;
+    const int parts = (int)min_l(STAT_PARTS, div_up(n, 16 * THREADS));
+    stat_kernel<S><<<(unsigned)parts, THREADS, 0, stream>>>(gpu.stat, x, n, f != FP32, f);
+    launched("statistics");
+    CUDA(cudaMemcpyAsync(gpu.host_stat, gpu.stat, sizeof(StatSums) * (size_t)parts, cudaMemcpyDeviceToHost,
+                         stream));
+    CUDA(cudaStreamSynchronize(stream));
+    stat_finish(stat_at(m, row, name, operand), gpu.host_stat, parts, n, f);
+}
+
+// ---- Forward -----------------------------------------------------------------------------------------------
+// Where results go. In FP8 a value in the stream's format is written only if something else reads it
+// (`always`) or somebody looks at it.
+template <class S> static Dest<S> value_only(S* value, long W, long N) {
+    Dest<S> d = {value, NULL, NULL, W, padded(N), E4M3};
+    return d;
+}
+template <class S> static Dest<S> input_of(const Model* m, int l, int kind, S* value, int always, long N) {
+    Dest<S> d = value_only(always || !gpu.is_fp8 || gpu.full ? value : (S*)NULL, tensor(m, l, kind)->cols, N);
+    if (gpu.is_fp8) d.q = gpu.x, d.qt = m->grads ? gpu.xt[kind][slot(m, l)] : NULL;
+    return d;
+}
+template <class S> static Dest<S> gradient_of(S* value, int always, long W, long N) {
+    Dest<S> d = value_only(always || !gpu.is_fp8 || gpu.full ? value : (S*)NULL, W, N);
+    if (gpu.is_fp8) d.q = gpu.dy, d.qt = gpu.dyt, d.format = E5M2;
+    return d;
+}
+
+// Weights as the matmuls read them: codes, the BF16 copy, or the masters themselves.
+template <class S> static const void* weight_gpu(const Model* m, int l, int kind) {
+    const long offset = tensor(m, l, kind)->offset;
+    if (kind == HEAD) return gpu.head ? gpu.head : (void*)(gpu.params + offset);
+    return gpu.is_fp8 ? (void*)(gpu.w + offset)
+           : gpu.w16  ? (void*)((S*)gpu.w16 + offset)
+                      : (void*)(gpu.params + offset);
+}
+
+// Y = alpha X W^T. value: X in the stream's format, which FP8 reads for statistics only.
+template <class S> static void linear_forward_gpu(Model* m, int l, int kind, S* y, const S* value, long N) {
+    const Tensor* t = tensor(m, l, kind);
+    const long I = t->cols, O = t->rows;
+    const cudaDataType_t type = gpu.is_fp8 ? CUDA_R_8F_E4M3 : gpu.type;
+    stat_gpu(m, stat_row(m, l, kind), t->name, 0, value, N * I, t->operand);
+    stat_gpu(m, stat_row(m, l, kind), t->name, 1, param_gpu(m, l, kind), O * I, t->operand);
+    gemm("linear forward", y, gpu.type, O, side(gpu.is_fp8 ? (void*)gpu.x : (void*)value, I, 1, type),
+         side(weight_gpu<S>(m, l, kind), I, 1, type), N, O, I, t->alpha, 0, 1);
+}
+// dX = alpha dY W, dW += alpha dY^T X. dy and x: in the stream's format, where they are not FP8.
+template <class S>
+static void linear_backward_gpu(Model* m, int l, int kind, S* dx, const S* dy, const S* x, long N) {
+    const Tensor* t = tensor(m, l, kind);
+    const long I = t->cols, O = t->rows, Np = padded(N);
+    stat_gpu(m, stat_row(m, l, kind), t->name, 2, dy, N * O, m->hidden->gradient);
+    Side dy_rows = side(dy, O, 1, gpu.type), dy_columns = side(dy, O, 0, gpu.type);
+    Side w = side(weight_gpu<S>(m, l, kind), I, 0, gpu.type), x_columns = side(x, I, 0, gpu.type);
+    if (gpu.is_fp8) {  // k has to be contiguous: the transposed copies
+        fp8* xt = gpu.xt[kind][slot(m, l)];
+        dy_rows = side(gpu.dy, O, 1, CUDA_R_8F_E5M2), dy_columns = side(gpu.dyt, Np, 1, CUDA_R_8F_E5M2);
+        w = side(gpu.wt + t->offset, O, 1, CUDA_R_8F_E4M3), x_columns = side(xt, Np, 1, CUDA_R_8F_E4M3);
+        if (Np > N) {  // rows that are not there count as zero
+            CUDA(cudaMemset2DAsync(xt + N, (size_t)Np, 0, (size_t)(Np - N), (size_t)I, stream));
+            CUDA(cudaMemset2DAsync(gpu.dyt + N, (size_t)Np, 0, (size_t)(Np - N), (size_t)O, stream));
+        }
+    }
+    gemm("linear dX", dx, gpu.type, I, dy_rows, w, N, I, O, t->alpha, 0, 0);
+    gemm("linear dW", grad_gpu(m, l, kind), CUDA_R_32F, I, dy_columns, x_columns, O, I, gpu.is_fp8 ? Np : N,
+         t->alpha, 1, 0);
+}
+
+template <class S> static void norm_forward_gpu(Model* m, int l, int branch, Dest<S> out, const S* x, S* sum,
+                                                const S* add, const S* skip, long N) {
+    const Branch* b = &BRANCHES[branch];
+    norm_forward_kernel<S><<<(unsigned)div_up(N, TILE), THREADS, 0, stream>>>(
+        out, floats_of(m, l, b->mean), floats_of(m, l, b->rstd), sum, x, add, skip, param_gpu(m, l, b->gain),
+        param_gpu(m, l, b->bias), m->a, skip || add ? m->b : 1.0f, N, m->c.width);
+    launched("norm forward");
+}
+template <class S>
+static void weighted_sum_gpu(Dest<S> out, float a, const S* x, float b, const S* y, long N, long C) {
+    weighted_sum_kernel<S><<<tiles(N, C), THREADS, 0, stream>>>(out, a, x, b, y, N, C);
+    launched("weighted sum");
+}
+
+template <class S> static const S* stream_before_gpu(const Model* m, int l, int mlp) {
+    return mlp ? act<S>(m, l, A_MID) : l ? act<S>(m, l - 1, A_X) : act<S>(m, 0, A_X0);
+}
+// The input of a branch's first linear, and of `down`, in the stream's format; with FP8 where statistics find
+// it.
+template <class S> static S* branch_input_gpu(const Model* m, int l, int mlp) {
+    if (m->scheme->norm_last) return (S*)stream_before_gpu<S>(m, l, mlp);
+    return act<S>(m, l, gpu.is_fp8 ? D_BRANCH : BRANCHES[mlp].norm);
+}
+template <class S> static S* inner_gpu(const Model* m, int l, int mlp) {
+    return act<S>(m, l, !mlp ? A_Y : gpu.is_fp8 ? D_WIDE : A_G);
+}
+
+// The input of a block's qkv, where nothing before has written it: at the first block of sp, and at a block
+// that is computed again.
+template <class S> static void enter_block(Model* m, int l, long N) {
+    const S* x = stream_before_gpu<S>(m, l, 0);
+    S* value = branch_input_gpu<S>(m, l, 0);
+    const Dest<S> input = input_of<S>(m, l, QKV, value, 0, N);
+    if (!m->scheme->norm_last) {
+        norm_forward_gpu<S>(m, l, 0, input, x, NULL, NULL, NULL, N);
+        trace_buffer(m, l, A_NORM1, value, 0, N * m->c.width);
+    } else if (gpu.is_fp8) weighted_sum_gpu<S>(input, 1.0f, x, 0.0f, NULL, N, m->c.width);
+}
+
+// A block, from its first linear's input to its stream and the next linear's input: each residual sum is
+// fused with the LayerNorm after it (sp) or before it (us). alone: again, for backward: nothing beyond the
+// block.
+template <class S> static void block_forward_gpu(Model* m, int l, long B, long T, int alone) {
+    const long C = m->c.width, N = B * T;
+    for (int mlp = 0; mlp < 2; mlp++) {
+        const Branch* b = &BRANCHES[mlp];
+        const S* x = stream_before_gpu<S>(m, l, mlp);
+        S *wide = act<S>(m, l, b->wide), *last = act<S>(m, l, b->last), *out = act<S>(m, l, b->out);
+        S* inner = inner_gpu<S>(m, l, mlp);
+        linear_forward_gpu<S>(m, l, b->first, wide, branch_input_gpu<S>(m, l, mlp), N);
+        trace_buffer(m, l, b->wide, wide, 0, N * (mlp ? 4 : 3) * C);
+        if (mlp) {
+            activation_kernel<S><<<tiles(N, 4 * C), THREADS, 0, stream>>>(
+                input_of<S>(m, l, DOWN, inner, 0, N), wide, NULL, (Activation)m->c.activation, N, 4 * C);
+            launched("activation forward");
+        } else
+            attention_forward_gpu<S>(input_of<S>(m, l, OUT, inner, 1, N), gpu.lse[slot(m, l)], wide, B, T, C,
+                                     m->c.heads, stream);
+        trace_buffer(m, l, b->inner, inner, 0, N * (mlp ? 4 : 1) * C);
+        linear_forward_gpu<S>(m, l, b->second, last, inner, N);
+        trace_buffer(m, l, b->last, last, 0, N * C);
+
+        const int us = m->scheme->norm_last, end = mlp && l == m->c.layers - 1, next = l + mlp;
+        const int stop = mlp && alone, kind = mlp ? QKV : UP;
+        S* value = us || end || stop ? out : branch_input_gpu<S>(m, next, !mlp);
+        Dest<S> to =
+            end || stop ? value_only<S>(stop ? NULL : value, C, N) : input_of<S>(m, next, kind, value, us, N);
+        if (us) norm_forward_gpu<S>(m, l, mlp, to, last, NULL, NULL, x, N);
+        else if (end)
+            norm_forward_gpu<S>(m, 0, FINAL, value_only(act<S>(m, 0, A_LNF), C, N), x, out, last, NULL, N);
+        else if (!stop) norm_forward_gpu<S>(m, next, !mlp, to, x, out, last, NULL, N);
+        trace_buffer(m, l, b->out, out, 0, N * C);
+        if (!us && !end && !stop) trace_buffer(m, next, BRANCHES[!mlp].norm, value, 0, N * C);
+        if (mlp) stat_gpu(m, 5 * (l + 1), form("h.%d.x", l), 0, out, N * C, m->hidden->stream);
+    }
+}
+
+// Tokens on the GPU -> A_LNF, the head's input. batch: tokens, targets, order, starts (see stage).
+template <class S> static void forward_gpu(Model* m, long B, long T) {
+    const long C = m->c.width, N = B * T;
+    const int us = m->scheme->norm_last;
+    S* x0 = act<S>(m, 0, A_X0);
+    embedding_forward_kernel<S><<<tiles(N, C), THREADS, 0, stream>>>(
+        us ? input_of<S>(m, 0, QKV, x0, 1, N) : value_only(x0, C, N), gpu.batch, param_gpu(m, 0, WTE),
+        param_gpu(m, 0, WPE), m->scheme->embedding_scale, N, T, C);
+    launched("embedding forward");
+    trace_buffer(m, 0, A_X0, x0, 0, N * C);
+    stat_gpu(m, 0, "x", 0, x0, N * C, m->hidden->stream);
+    if (!us) enter_block<S>(m, 0, N);
+    for (int l = 0; l < m->c.layers; l++) block_forward_gpu<S>(m, l, B, T, 0);
+    S* lnf = act<S>(m, 0, A_LNF);
+    if (us)
+        norm_forward_gpu<S>(m, 0, FINAL, value_only(lnf, C, N), stream_before_gpu<S>(m, m->c.layers, 0), NULL,
+                            NULL, NULL, N);
+    trace_buffer(m, 0, A_LNF, lnf, 0, N * C);
+}
+
+template <class S> static void logits_gpu(Model* m, long row, long n) {
+    const long C = m->c.width;
+    gemm("head forward", act<S>(m, 0, A_LOGITS), gpu.type, m->vp,
+         side(act<S>(m, 0, A_LNF) + row * C, C, 1, gpu.type), side(weight_gpu<S>(m, 0, HEAD), C, 1, gpu.type),
+         n, m->vp, C, tensor(m, 0, HEAD)->alpha, 0, 0);
+}
+// Losses of all rows; with want_gradient dW_head too, and in D_BRANCH the gradient at the head's input. The
+// logits exist for HEAD_ROWS rows at a time.
+template <class S> static void head_gpu(Model* m, long N, int want_gradient) {
+    const long C = m->c.width, V = m->c.vocab;
+    const Format f = m->head->operand;
+    const int row_of_stats = stat_row(m, 0, HEAD);
+    S *logits = act<S>(m, 0, A_LOGITS), *lnf = act<S>(m, 0, A_LNF);
+    float* losses = floats_of(m, 0, A_LOSSES);
+    stat_gpu(m, row_of_stats, "head", 0, lnf, N * C, f);
+    stat_gpu(m, row_of_stats, "head", 1, param_gpu(m, 0, HEAD), V * C, f);
+    for (long row = 0; row < N; row += HEAD_ROWS) {
+        const long n = min_l(HEAD_ROWS, N - row);
+        logits_gpu<S>(m, row, n);
+        trace_buffer(m, 0, A_LOGITS, logits, row, n * m->vp);
+        const int threads = (int)min_l(512, div_up(m->vp, 32 * Pack<S>::N) * 32);
+        loss_kernel<S><<<(unsigned)n, threads, 0, stream>>>(losses + row, logits, gpu.batch + m->rows + row,
+                                                        want_gradient, m->loss_scale, V, m->vp);
+        launched("loss");
+        if (!want_gradient) continue;
+        if (watch)
+            trace_buffer(m, 0, A_LOGITS, logits, row, n * m->vp);  // a dump wants the logits themselves
+        if (row == 0) stat_gpu(m, row_of_stats, "head", 2, logits, n * m->vp, f);
+        gemm("head dX", act<S>(m, 0, D_BRANCH) + row * C, gpu.type, C, side(logits, m->vp, 1, gpu.type),
+             side(weight_gpu<S>(m, 0, HEAD), C, 0, gpu.type), n, C, m->vp, 1.0f, 0, 0);
+        gemm("head dW", grad_gpu(m, 0, HEAD), CUDA_R_32F, C, side(logits, m->vp, 0, gpu.type),
+             side(lnf + row * C, C, 0, gpu.type), m->vp, C, n, 1.0f, 1, 0);
+    }
+    if (want_gradient) trace_buffer(m, 0, D_BRANCH, act<S>(m, 0, D_BRANCH), 0, N * C);
+    add_loss_kernel<<<1, THREADS, 0, stream>>>(gpu.result, losses, N);
+    launched("loss");
+}
+
+// ---- Backward ----------------------------------------------------------------------------------------------
+template <class S>
+static void norm_backward_gpu(Model* m, int l, int branch, Dest<S> out, S* sum, const S* dout, const S* dskip,
+                              const S* x, float b, int last, long N) {
+    const Branch* p = &BRANCHES[branch];
+    const long C = m->c.width, blocks = div_up(N, TILE);
+    norm_backward_kernel<S><<<(unsigned)blocks, THREADS, 0, stream>>>(
+        out, sum, gpu.partial, dout, dskip, x, floats_of(m, l, p->mean), floats_of(m, l, p->rstd),
+        param_gpu(m, l, p->gain), m->a, b, last, N, C);
+    launched("norm backward");
+    norm_parameters_kernel<<<(unsigned)div_up(2 * C, 32), THREADS, 0, stream>>>(
+        grad_gpu(m, l, p->gain), grad_gpu(m, l, p->bias), gpu.partial, 4 * blocks, C);
+    launched("norm parameters");
+}
+
+// Adds S times the gradient of the batch that forward_gpu and head_gpu have seen to gpu.grads.
+template <class S> static void backward_gpu(Model* m, long B, long T) {
+    const long C = m->c.width, N = B * T;
+    const int us = m->scheme->norm_last, stats_on = m->stats_on, tracing = gpu.tracing;
+    S *dx = act<S>(m, 0, D_X), *dbranch = act<S>(m, 0, D_BRANCH), *dinput = act<S>(m, 0, D_INPUT);
+    S* dwide = act<S>(m, 0, D_WIDE);
+    norm_backward_gpu<S>(m, 0, FINAL, us ? value_only(dx, C, N) : gradient_of<S>(dx, 1, C, N), NULL, dbranch,
+                         NULL, stream_before_gpu<S>(m, m->c.layers, 0), 1.0f, 0, N);
+    trace_buffer(m, 0, D_X, dx, 0, N * C);
+    for (int i = 2 * m->c.layers - 1; i >= 0; i--) {
+        const int l = i / 2, mlp = i % 2, top = i == 2 * m->c.layers - 1;
+        const Branch* b = &BRANCHES[mlp];
+        if (m->c.recompute && mlp && !top) {
+            m->stats_on = gpu.tracing = 0;
+            enter_block<S>(m, l, N);
+            block_forward_gpu<S>(m, l, B, T, 1);
+            m->stats_on = stats_on, gpu.tracing = tracing;
+        }
+        const S *wide = act<S>(m, l, b->wide), *last = act<S>(m, l, b->last);
+        if (us) norm_backward_gpu<S>(m, l, mlp, gradient_of<S>(dbranch, 0, C, N), dx, top ? dx : dinput,
+                                     top ? (S*)NULL : dx, last, m->b, 1, N);
+        if (us && !top) trace_buffer(m, (i + 1) / 2, D_X, dx, 0, N * C);
+        trace_buffer(m, l, D_BRANCH, us ? dbranch : dx, 0, N * C);
+        S* dinner = mlp ? dwide : dinput;
+        linear_backward_gpu<S>(m, l, b->second, dinner, us ? dbranch : dx, inner_gpu<S>(m, l, mlp), N);
+        trace_buffer(m, l, mlp ? D_WIDE : D_INPUT, dinner, 0, N * (mlp ? 4 : 1) * C);
+        if (mlp) {
+            activation_kernel<S><<<tiles(N, 4 * C), THREADS, 0, stream>>>(
+                gradient_of<S>(dwide, 0, 4 * C, N), wide, dinner, (Activation)m->c.activation, N, 4 * C);
+            launched("activation backward");
+        } else
+            attention_backward_gpu<S>(gradient_of<S>(dwide, 0, 3 * C, N), gpu.delta, dinner,
+                                      act<S>(m, l, A_Y), wide, gpu.lse[slot(m, l)], B, T, C, m->c.heads,
+                                      stream);
+        trace_buffer(m, l, D_WIDE, dwide, 0, N * (mlp ? 4 : 3) * C);
+        linear_backward_gpu<S>(m, l, b->first, dinput, dwide, branch_input_gpu<S>(m, l, mlp), N);
+        trace_buffer(m, l, D_INPUT, dinput, 0, N * C);
+        if (!us)
+            norm_backward_gpu<S>(m, l, mlp, i ? gradient_of<S>(dx, 1, C, N) : value_only(dx, C, N), NULL,
+                                 dinput, dx, stream_before_gpu<S>(m, l, mlp), 1.0f, 0, N);
+        if (!us) trace_buffer(m, l, D_X, dx, 0, N * C);
+    }
+    if (us) {
+        weighted_sum_gpu<S>(value_only(dx, C, N), m->a, dx, 1.0f, dinput, N, C);
+        trace_buffer(m, 0, D_X, dx, 0, N * C);
+    }
+    const int *order = gpu.batch + 2 * m->rows, *starts = order + m->rows;
+    embedding_backward_kernel<S><<<(unsigned)m->c.vocab, THREADS, 0, stream>>>(
+        grad_gpu(m, 0, WTE), dx, order, starts, m->scheme->embedding_scale, C);
+    launched("embedding backward");
+    position_backward_kernel<S><<<(unsigned)div_up(T * C, 16 * THREADS), THREADS, 0, stream>>>(
+        grad_gpu(m, 0, WPE), dx, m->scheme->embedding_scale, B, T, C);
+    launched("embedding backward");
+}
+
+// ---- A step ------------------------------------------------------------------------------------------------
+template <class S> static void micro_gpu(Model* m) {  // one batch, from tokens to gradients
+    forward_gpu<S>(m, m->c.batch, m->c.seq);
+    head_gpu<S>(m, m->rows, 1);
+    backward_gpu<S>(m, m->c.batch, m->c.seq);
+}
+// All tensors take their step, or only have their copies made.
+template <class S> static void update_gpu(const Model* m, int copies_only) {
+    for (int i = 0; i < m->num_tensors; i++) {
+        const Tensor* t = &m->tensors[i];
+        const int head = t == tensor(m, 0, HEAD), hidden = t->kind->hidden;
+        Dest<S> copy = {NULL, NULL, NULL, t->cols, t->rows, E4M3};
+        if (hidden && gpu.w16) copy.out = (S*)gpu.w16 + t->offset;
+        if (hidden && gpu.is_fp8) copy.q = gpu.w + t->offset, copy.qt = gpu.wt ? gpu.wt + t->offset : NULL;
+        if (head) copy.out = (S*)gpu.head;
+        if (copies_only && !copy.out && !copy.q) continue;
+        const long o = t->offset;
+        update_kernel<S><<<tiles(t->rows, t->cols), THREADS, 0, stream>>>(
+            copy, gpu.params + o, copies_only ? NULL : gpu.m + o, copies_only || !gpu.v ? NULL : gpu.v + o,
+            copies_only ? NULL : gpu.grads + o, gpu.rates, gpu.result, copies_only ? -1.0f : t->lr_factor,
+            t->kind->decays, t->rows, t->cols);
+        launched("update");
+    }
+}
+template <class S>
+static void finish_gpu(Model* m) {  // norm, is all finite, update, and the result to the host
+    norm_chunk_kernel<<<(unsigned)gpu.num_chunks, THREADS, 0, stream>>>(gpu.sums, gpu.grads, gpu.chunks);
+    launched("gradient norm");
+    result_kernel<<<1, THREADS, 0, stream>>>(gpu.result, gpu.sums, gpu.chunks, gpu.num_chunks);
+    launched("gradient norm");
+    update_gpu<S>(m, 0);
+    CUDA(cudaMemcpyAsync(gpu.host_result, gpu.result, sizeof(Result), cudaMemcpyDeviceToHost, stream));
+}
+
+// Runs `work`, the first time as it is, then as a graph: thousands of launches become one.
+template <class S> static void run_graph(cudaGraphExec_t* graph, int* runs, void (*work)(Model*), Model* m) {
+    if (m->stats_on || gpu.tracing || profile || (*runs)++ == 0) { work(m); return; }
+    if (!*graph) {
+        cudaGraph_t captured;
+        CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+        work(m);
+        CUDA(cudaStreamEndCapture(stream, &captured));
+        CUDA(cudaGraphInstantiate(graph, captured, 0));
+        CUDA(cudaGraphDestroy(captured));
+    }
+    CUDA(cudaGraphLaunch(*graph, stream));
+}
+
+// Tokens, targets, and for the embedding's backward the rows in the order of their tokens, of a batch at
+// m->inputs.
+static void stage(const Model* m, int* to) {
+    const long N = m->rows, V = m->c.vocab;
+    int *order = to + 2 * N, *starts = order + N;
+    memcpy(to, m->inputs, sizeof(int) * (size_t)N);
+    memcpy(to + N, m->targets, sizeof(int) * (size_t)N);
+    memset(starts, 0, sizeof(int) * (size_t)(V + 1));
+    for (long n = 0; n < N; n++) starts[m->inputs[n]]++;
+    for (long v = 0, before = 0; v <= V; v++) {  // of each token, where the next of its rows goes
+        const int count = starts[v];
+        starts[v] = (int)before, before += count;
+    }
+    for (long n = 0; n < N; n++) order[starts[m->inputs[n]]++] = (int)n;
+    for (long v = V; v > 0; v--) starts[v] = starts[v - 1];  // each now stands at the next one's start
+    starts[0] = 0;
+}
+static void stage_step(Model* m, const Split* train, int* to) {
+    gpu.staged_at = m->sequence;
+    for (int i = 0; i < m->c.accum; i++) {
+        next_batch(m, train);
+        stage(m, to + i * ints_of_batch(m));
+    }
+    gpu.staged_end = m->sequence;
+}
+static void upload_batch(const int* from, long ints) {
+    CUDA(cudaMemcpyAsync(gpu.batch, from, sizeof(int) * (size_t)ints, cudaMemcpyHostToDevice, stream));
+}
+
+// The step itself; the result, once the GPU gets there.
+template <class S> static void finish_step(Model* m, double lr) {
+    *gpu.host_rates = rates(m, lr);
+    CUDA(cudaMemcpyAsync(gpu.rates, gpu.host_rates, sizeof(Rates), cudaMemcpyHostToDevice, stream));
+    run_graph<S>(&gpu.finish, &gpu.finish_runs, finish_gpu<S>, m);
+}
+static StepResult step_result(Model* m) {
+    CUDA(cudaStreamSynchronize(stream));
+    const Result* r = gpu.host_result;
+    const StepResult result = {r->loss / m->c.accum, sqrt(r->norm2) / m->grad_scale,
+                               r->bad < 0 ? NULL : &m->tensors[r->bad]};
+    if (!r->stop) m->step++;
+    return result;
+}
+template <class S> static StepResult step_gpu(Model* m, const Split* train, double lr) {
+    const long sequence = m->sequence, step = m->step, ints = ints_of_batch(m);
+    if (gpu.staged_at != sequence) stage_step(m, train, gpu.staged[gpu.turn]);
+    m->sequence = gpu.staged_end;
+    CUDA(cudaMemsetAsync(gpu.grads, 0, sizeof(float) * (size_t)m->num_params, stream));
+    CUDA(cudaMemsetAsync(gpu.result, 0, sizeof(Result), stream));
+    for (int i = 0; i < m->c.accum; i++) {
+        upload_batch(gpu.staged[gpu.turn] + i * ints, ints);
+        gpu.full = m->stats_on;
+        run_graph<S>(&gpu.micro, &gpu.micro_runs, micro_gpu<S>, m);
+        m->stats_on = gpu.full = 0;  // statistics are of the first batch
+    }
+    finish_step<S>(m, lr);
+    gpu.turn ^= 1, gpu.staged_at = -1;
+    if (step + 1 < m->c.steps) {  // the next step's batches, while the GPU is at work
+        const long end = m->sequence;
+        stage_step(m, train, gpu.staged[gpu.turn]);
+        m->sequence = end;
+    }
+    const StepResult result = step_result(m);
+    if (m->step == step) m->sequence = sequence;
+    return result;
+}
+
+// ---- The device --------------------------------------------------------------------------------------------
+static int is_fp32(const Model* m) { return m->hidden->stream == FP32; }
+
+// FLOP/s of an n x n x n product, the best of a few: what this card can do, measured and not taken from a
+// leaflet.
+static double measure_product(cudaDataType_t type, long n) {
+    enum { SOME = 1 << 20 };
+    static uint8_t some[SOME];
+    const size_t bytes = (size_t)(n * n * bytes_of(type));
+    uint8_t* p[3];
+    double best = 0;
+    cudaEvent_t start, end;
+    for (int i = 0; i < SOME; i += (int)bytes_of(type)) {  // normal values: zeros would draw less power
+        const uint64_t u = random_u64(1, 2, (uint64_t)i);
+        const uint32_t bits = float_bits((float)(u % 2001) / 1000.0f - 1.0f);
+        if (bytes_of(type) == 1) some[i] = fp8_encode(bits_float(bits), type == CUDA_R_8F_E4M3 ? E4M3 : E5M2);
+        else memcpy(some + i, (char*)&bits + 4 - bytes_of(type), (size_t)bytes_of(type));
+    }
+    for (int i = 0; i < 3; i++) CUDA(cudaMalloc(&p[i], i < 2 ? bytes : 4 * (size_t)(n * n)));
+    for (int i = 0; i < 2; i++)
+        for (size_t at = 0; at < bytes; at += SOME)
+            CUDA(
+                cudaMemcpy(p[i] + at, some, (size_t)min_l((long)(bytes - at), SOME), cudaMemcpyHostToDevice));
+    CUDA(cudaEventCreate(&start));
+    CUDA(cudaEventCreate(&end));
+    for (int i = 0; i < 8; i++) {
+        float ms;
+        CUDA(cudaEventRecord(start, stream));
+        gemm("ceiling", p[2], CUDA_R_16BF, n, side(p[0], n, 1, type), side(p[1], n, 1, type), n, n, n, 1.0f,
+             0, 1);
+        CUDA(cudaEventRecord(end, stream));
+        CUDA(cudaEventSynchronize(end));
+        CUDA(cudaEventElapsedTime(&ms, start, end));
+        best = fmax(best, 2e3 * (double)n * (double)n * (double)n / ms);
+    }
+    CUDA(cudaEventDestroy(start));
+    CUDA(cudaEventDestroy(end));
+    for (int i = 0; i < 3; i++) CUDA(cudaFree(p[i]));
+    return best;
+}
+// Of the matmuls and of causal attention, forward and backward (6 for each weight and token).
+static double flops_per_token(const Model* m) {
+    double weights = (double)m->vp * m->c.width;
+    for (int i = 0; i < m->num_tensors; i++)
+        if (m->tensors[i].kind->hidden) weights += (double)m->tensors[i].rows * (double)m->tensors[i].cols;
+    return 6 * weights + 6.0 * m->c.layers * m->c.width * m->c.seq;
+}
+
+static void upload(float* to, const float* from, long n) {
+    if (to && from) CUDA(cudaMemcpy(to, from, sizeof(float) * (size_t)n, cudaMemcpyHostToDevice));
+}
+static void gpu_open(Model* m) {
+    int n = 0;
+    size_t free_bytes, total_bytes;
+    if (cudaGetDeviceCount(&n) != cudaSuccess || n == 0) die("no GPU is found; ./train_us runs on the CPU");
+    CUDA(cudaGetDeviceProperties(&gpu.card, 0));
+    const int sm = gpu.card.major * 10 + gpu.card.minor;
+    if (sm < 80) die("%s has compute capability %d.%d; 8.0 is needed", gpu.card.name, sm / 10, sm % 10);
+    if (m->c.width % 16) die("--width %d: on a GPU it has to be a multiple of 16", m->c.width);
+    if (m->c.width / m->c.heads > ATTENTION_MAX_D)
+        die("--heads %d: on a GPU a head has at most %d of --width", m->c.heads, ATTENTION_MAX_D);
+    gpu.is_fp8 = m->hidden->operand == E4M3;
+    gpu.native = sm >= 89;
+    gpu.type = is_fp32(m) ? CUDA_R_32F : CUDA_R_16BF;
+    gpu.staged_at = -1;
+    CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    LT(cublasLtCreate(&lt.handle));
+    model_alloc_batch(m);
+
+    CUDA(cudaMemGetInfo(&free_bytes, &total_bytes));
+    const double usable = 0.98 * (double)free_bytes, wanted = plan(m, m->grads != NULL, 0);
+    if (wanted > usable) {
+        const int kept_all = largest_batch(m, usable, 0), recomputed = largest_batch(m, usable, 1);
+        if (recomputed == 0)
+            die("%.2f GB of GPU memory wanted, %.2f are free: not even --batch 1 --recompute fits",
+                wanted * 1e-9, usable * 1e-9);
+        die("%.2f GB of GPU memory wanted, %.2f are free: the largest that fits is %s--batch %d --recompute",
+            wanted * 1e-9, usable * 1e-9, kept_all ? form("--batch %d, or ", kept_all) : "", recomputed);
+    }
+    CUDA(cudaMalloc(&lt.workspace, WORKSPACE));
+    // Worth measuring where a step is: in a tiny one launches count, not FLOP.
+    if (m->grads && flops_per_token(m) * (double)m->rows > 1e12 && usable - wanted > 1e9)
+        gpu.ceiling = measure_product(CUDA_R_16BF, 8192);
+    CUDA(cudaFree(lt.workspace));
+    plan(m, m->grads != NULL, 1);
+    upload(gpu.params, m->params, m->num_params);
+    upload(gpu.m, m->m, m->num_params);
+    upload(gpu.v, m->v, m->num_params);
+    is_fp32(m) ? update_gpu<float>(m, 1) : update_gpu<bf16>(m, 1);
+    for (int i = 0; i < 2; i++)
+        CUDA(cudaMallocHost(&gpu.staged[i], sizeof(int) * (size_t)(ints_of_batch(m) * m->c.accum)));
+    CUDA(cudaMallocHost(&gpu.host_stat, sizeof(StatSums) * STAT_PARTS));
+    CUDA(cudaMallocHost(&gpu.host_result, sizeof(Result)));
+    CUDA(cudaMallocHost(&gpu.host_rates, sizeof(Rates)));
+    if (m->grads) {
+        Chunk* chunks = (Chunk*)alloc(sizeof(Chunk) * ((double)m->num_params / CHUNK + m->num_tensors + 1));
+        for (int i = 0; i < m->num_tensors; i++) {
+            const long size = m->tensors[i].rows * m->tensors[i].cols;
+            for (long at = 0; at < size; at += CHUNK) {
+                const Chunk k = {m->tensors[i].offset + at, min_l(CHUNK, size - at), i};
+                chunks[gpu.num_chunks++] = k;
+            }
+        }
+        CUDA(cudaMemcpy(gpu.chunks, chunks, sizeof(Chunk) * (size_t)gpu.num_chunks, cudaMemcpyHostToDevice));
+        free(chunks);
+    }
+    CUDA(cudaStreamSynchronize(stream));
+}
+static void gpu_close(Model* m) {
+    void* const pinned[] = {gpu.staged[0], gpu.staged[1], gpu.host_stat, gpu.host_result, gpu.host_rates};
+    (void)m;
+    if (gpu.micro) CUDA(cudaGraphExecDestroy(gpu.micro));
+    if (gpu.finish) CUDA(cudaGraphExecDestroy(gpu.finish));
+    while (num_allocations) CUDA(cudaFree(allocations[--num_allocations]));
+    for (int i = 0; i < 5; i++) CUDA(cudaFreeHost(pinned[i]));
+    for (int i = 0; i < lt.count; i++) {
+        const cublasLtMatrixLayout_t layouts[] = {lt.products[i].a, lt.products[i].b, lt.products[i].out};
+        for (int k = 0; k < 3; k++) LT(cublasLtMatrixLayoutDestroy(layouts[k]));
+        LT(cublasLtMatmulDescDestroy(lt.products[i].operation));
+    }
+    free(lt.products);
+    LT(cublasLtDestroy(lt.handle));
+    CUDA(cudaStreamDestroy(stream));
+    memset(&lt, 0, sizeof lt);
+    memset(&gpu, 0, sizeof gpu);
+}
+static void gpu_describe(const Model* m) {
+    static const char* const parts[] = {"weights", "optimizer", "gradients", "activations", "work space"};
+    double total = 0;
+    plan(m, m->grads != NULL, 0);
+    printf("GPU memory:");
+    for (int i = 0; i <= WORK; total += gpu.bytes[i++]) printf(" %.0f MB %s,", gpu.bytes[i] * 1e-6, parts[i]);
+    printf(" %.0f MB in all\n%s, compute capability %d.%d, %.0f GB", total * 1e-6, gpu.card.name,
+           gpu.card.major, gpu.card.minor, (double)gpu.card.totalGlobalMem * 1e-9);
+    if (gpu.ceiling > 0) printf("; BF16 product of 8192^3: %.0f TFLOP/s", gpu.ceiling * 1e-12);
+    if (gpu.is_fp8 && !gpu.native)
+        printf("; no FP8 tensor cores: FP8-rounded operands are multiplied in BF16");
+    printf("\n");
+}
+static StepResult gpu_step(Model* m, const Split* train, double lr) {
+    return is_fp32(m) ? step_gpu<float>(m, train, lr) : step_gpu<bf16>(m, train, lr);
+}
+// The batch at m->inputs as it is, without a graph: forward and loss, and gradients if wanted.
+static double run_batch(Model* m, int want_gradient) {
+    stage(m, gpu.staged[gpu.turn ^ 1]);
+    CUDA(cudaMemsetAsync(gpu.result, 0, sizeof(Result), stream));
+    upload_batch(gpu.staged[gpu.turn ^ 1], ints_of_batch(m));
+    if (want_gradient) {
+        CUDA(cudaMemsetAsync(gpu.grads, 0, sizeof(float) * (size_t)m->num_params, stream));
+        is_fp32(m) ? micro_gpu<float>(m) : micro_gpu<bf16>(m);
+    } else if (is_fp32(m)) forward_gpu<float>(m, m->c.batch, m->c.seq), head_gpu<float>(m, m->rows, 0);
+    else forward_gpu<bf16>(m, m->c.batch, m->c.seq), head_gpu<bf16>(m, m->rows, 0);
+    CUDA(cudaMemcpyAsync(gpu.host_result, gpu.result, sizeof(Result), cudaMemcpyDeviceToHost, stream));
+    CUDA(cudaStreamSynchronize(stream));
+    return gpu.host_result->loss;
+}
+static double gpu_loss(Model* m) { return run_batch(m, 0); }
+static double gpu_trace(Model* m) {
+    for (int k = 0; k < BUFFERS; k++) if (!m->buffers[k]) m->buffers[k] = floats(buffer_size(m, k));
+    gpu.tracing = gpu.full = 1;
+    const double loss = run_batch(m, 1);
+    gpu.tracing = gpu.full = 0;
+    CUDA(cudaMemcpy(m->grads, gpu.grads, sizeof(float) * (size_t)m->num_params, cudaMemcpyDeviceToHost));
+    return loss;
+}
+static StepResult gpu_update(Model* m, double lr) {
+    is_fp32(m) ? finish_step<float>(m, lr) : finish_step<bf16>(m, lr);
+    return step_result(m);
+}
+// The whole window each time: a cache of keys and values would be another code path for a few ms.
+template <class S> static void next_gpu(Model* m, long T, float* logits) {
+    const long whole = min_l(m->c.seq, div_up(T, 64) * 64);  // few different shapes
+    int* tokens = gpu.staged[gpu.turn ^ 1];
+    for (long t = 0; t < whole; t++) tokens[t] = t < T ? m->inputs[t] : 0;
+    upload_batch(tokens, whole);
+    forward_gpu<S>(m, 1, whole);
+    logits_gpu<S>(m, T - 1, 1);
+    fetch_floats(logits, act<S>(m, 0, A_LOGITS), m->c.vocab);
+}
+static const float* gpu_next(Model* m, long t0, long T) {
+    static float logits[65536];
+    (void)t0;
+    is_fp32(m) ? next_gpu<float>(m, T, logits) : next_gpu<bf16>(m, T, logits);
+    return logits;
+}
+static void gpu_fetch(Model* m) {
+    float* const to[] = {m->params, m->m, m->v};
+    const float* const from[] = {gpu.params, gpu.m, gpu.v};
+    for (int i = 0; i < 3; i++)
+        if (to[i])
+            CUDA(cudaMemcpy(to[i], from[i], sizeof(float) * (size_t)m->num_params, cudaMemcpyDeviceToHost));
+}
+static const char* gpu_utilisation(const Model* m, double rate) {
+    return gpu.ceiling > 0 ? form(" | %.0f %% of BF16", 100 * rate * flops_per_token(m) / gpu.ceiling) : "";
+}
+__attribute__((unused)) static const Device GPU = {
+    "GPU", gpu_open, gpu_close, gpu_describe, gpu_step, gpu_loss, gpu_trace, gpu_update, gpu_next, gpu_fetch,
+    gpu_utilisation};
+
+#ifdef US_CUDA_MAIN
+int main(int argc, char** argv) { return run(argc, argv, &GPU); }
+#endif
