@@ -82,13 +82,39 @@ train_us_emu: out/train_us.cpp out/emu.o train_us.c $(EMU)
 test_us_emu: test_us.c out/train_us.cpp out/emu.o train_us.c $(EMU)
 	$(CPP) $(EMU_O) -x c++ '-DUS_SOURCE="out/train_us.cpp"' test_us.c -x none out/emu.o -o $@
 
+# What `make gpu` measures with, on a model so small that the emulator shows in seconds that it works.
+out/bench_gpu_emu: out/dev/bench_gpu.cpp out/train_us.cpp out/emu.o train_us.c $(EMU)
+	$(CPP) -O1 '-DUS_SOURCE="out/train_us.cpp"' $< out/emu.o -o $@
+bench_gpu_emu: out/bench_gpu_emu
+	OMP_NUM_THREADS=1 out/bench_gpu_emu tiny
+
+# Builds in which a mistake shows: out-of-bounds accesses and undefined behaviour; races between threads. Only what
+# comes from CUDA is compiled for the race checker, which takes the place of the thread sanitizer's library.
+CHECK  = -g -fsanitize=address,undefined -fno-sanitize-recover=all
+EMU_TEST = -x c++ '-DUS_SOURCE="out/train_us.cpp"' test_us.c -x none
+test_us_emu_asan: test_us.c out/train_us.cpp train_us.c $(EMU)
+	$(CPP) -O1 -fno-omit-frame-pointer $(CHECK) $(EMU_TEST) dev/emu/emu.cpp -o $@
+test_us_emu_race: test_us.c out/train_us.cpp out/emu.o train_us.c $(EMU)
+	$(CPP) -fno-openmp -O2 -fsanitize=thread -c $(EMU_TEST) -o out/race.o
+	$(CPP) -O2 out/race.o out/emu.o dev/emu/race.cpp -o $@
+
+# The emulator's own tests, with bugs planted for each kind of check.
+out/test_emu%: out/dev/emu/test_emu.cpp out/emu.o train_us.c $(EMU)
+	$(CPP) -O2 $< out/emu.o -o out/test_emu
+	$(CPP) -O1 -fno-omit-frame-pointer $(CHECK) $< dev/emu/emu.cpp -o out/test_emu_asan
+	$(CPP) -fno-openmp -O2 -fsanitize=thread -c $< -o out/test_emu_race.o
+	$(CPP) -O2 out/test_emu_race.o out/emu.o dev/emu/race.cpp -o out/test_emu_race
+test_emu: out/test_emu_race
+	out/test_emu && out/test_emu_asan && out/test_emu_race
+	EMU_SEED=1 out/test_emu none >out/test_emu.txt || { cat out/test_emu.txt; exit 1; }
+
 # ---- Tests
 test: test_us test_us_emu
 	./test_us
 	OMP_NUM_THREADS=1 ./test_us_emu
 	OMP_NUM_THREADS=1 EMU_SEED=1 ./test_us_emu step_by_step
 	@if command -v nvidia-smi >/dev/null && nvidia-smi -L | grep -q GPU; then $(MAKE) test_us_cuda && ./test_us_cuda; \
-	else echo "no GPU here: the tests of the CUDA source ran on the emulator only"; fi
+	else echo "no GPU here: the CUDA source was tested on the emulator only"; fi
 
 # The text of `make train` is this project itself: no download.
 out/self.txt: train_us.c test_us.c README.md Makefile dev/reference.py
@@ -103,16 +129,20 @@ bench: bench_us
 	./bench_us
 
 # Breaks the trainer in named ways, one at a time, and shows that the tests catch each.
-mutants: test_us
+mutants: test_us out/emu.o
 	dev/mutants.sh
 
-# The same tests under the address and undefined-behaviour sanitizers.
-CHECK = -g -fsanitize=address,undefined -fno-sanitize-recover=all
+# The tests under the address and undefined-behaviour sanitizers, and the CUDA source's under the race checker too.
 sanitize:
 	$(CC) -std=gnu11 -O2 $(NATIVE) $(FLOATS) $(WARN) $(OMP) $(CHECK) test_us.c -o test_us_sanitized -lm
-	./test_us_sanitized
+	./test_us_sanitized $(SANITIZED)
+sanitize_emu: test_us_emu_asan test_us_emu_race
+	OMP_NUM_THREADS=1 ./test_us_emu_asan step_by_step same_bits next not_finite oracle
+	./test_us_emu_race step_by_step not_finite
 
 clean:
-	rm -rf train_us test_us test_us_sanitized bench_us train_us_emu test_us_emu train_us_cuda test_us_cuda bench_gpu out .flags
+	rm -rf train_us train_us_emu train_us_cuda test_us test_us_sanitized test_us_emu test_us_emu_asan \
+	  test_us_emu_race test_us_cuda bench_us bench_gpu out .flags
 
-.PHONY: all test train bench mutants sanitize gpu clean FORCE
+.PHONY: all test test_emu train bench mutants sanitize sanitize_emu gpu bench_gpu_emu clean FORCE
+.SECONDARY:

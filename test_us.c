@@ -1507,25 +1507,27 @@ static void test_step_by_step(void) {
 
 // Fifty steps on real text: the losses of GPU and CPU overlay.
 static void test_overlay(void) {
-    Tokens tokens;
+    Tokens tokens, other;
     Config c = small_config();
-    c.layers = 2, c.width = 64, c.heads = 1, c.seq = 32, c.batch = 4, c.steps = 50, c.tau = 0.4f,
+    c.layers = 2, c.width = 64, c.heads = 1, c.seq = 32, c.batch = 2, c.accum = 2, c.steps = 50, c.tau = 0.4f,
     c.lr = 0.02f, c.warmup = 10;
     Model a = text_model_on(&GPU, c, &tokens, "train_us.c");
-    Model b = text_model(c, &tokens, "train_us.c");
+    Model b = text_model(c, &other, "train_us.c");
     Split all = {&tokens, 0, tokens.count};
-    double worst = 0, first = 0, last = 0;
+    double worst = 0, first = 0, last = 0, norm = 1;
     for (long s = 1; s <= c.steps; s++) {
         const StepResult x = GPU.step(&a, &all, learning_rate(&c, s)),
                          y = CPU.step(&b, &all, learning_rate(&c, s));
         worst = worse(worst, fabs(x.loss / y.loss - 1));
-        if (s == 1) first = x.loss;
+        if (s == 1) first = x.loss, norm = fabs(x.norm / y.norm - 1);
         last = x.loss;
     }
     check_below(worst, 0.005, "50 steps in fp8:", "largest difference of losses");
+    check_below(norm, 0x1p-8, "two batches of 2 in fp8:", "gradient norm");  // a BF16 unit
     check(last < first - 1, "50 steps: from %.3f to %.3f", first, last);
     check(a.step == 50 && a.sequence == b.sequence, "steps and sequences are counted");
     GPU.close(&a), CPU.close(&b), model_free(&a), model_free(&b);
+    forget(&tokens), forget(&other);
 }
 
 // The same bits from a second run, from launches without a graph, and with --recompute.
@@ -1559,12 +1561,34 @@ static void test_same_bits(void) {
     }
 }
 
-// Logits for the next token, window by window, are those of the CPU.
-static void test_next(void) {
+// A weight that is NaN: the loss shows it, a tensor is named, nothing is changed, and the data is not used up.
+static void test_not_finite(void) {
     Tokens tokens;
     Config c = small_config();
+    c.layers = 2, c.width = 64, c.heads = 1, c.seq = 32, c.batch = 2, c.lr = 0.01f;
+    Model m = text_model_on(&GPU, c, &tokens, "train_us.c");
+    Split all = {&tokens, 0, tokens.count};
+    for (int step = 0; step < 3; step++) check(isfinite(GPU.step(&m, &all, 0.01).loss), "a good step");
+    GPU.fetch(&m);
+    float *before = floats((double)m.num_params), nan = NAN;
+    memcpy(before, m.params, sizeof(float) * (size_t)m.num_params);
+    const long at = tensor(&m, 1, LN2_GAIN)->offset + 5, sequence = m.sequence;
+    before[at] = NAN;
+    CUDA(cudaMemcpy(gpu.params + at, &nan, sizeof nan, cudaMemcpyHostToDevice));
+    const StepResult r = GPU.step(&m, &all, 0.01);
+    GPU.fetch(&m);
+    check(isnan(r.loss) && r.bad && m.step == 3 && m.sequence == sequence, "a step on NaN: loss %g, step %ld", r.loss,
+          m.step);
+    check(memcmp(before, m.params, sizeof(float) * (size_t)m.num_params) == 0, "a step on NaN changes parameters");
+    free(before), GPU.close(&m), model_free(&m), forget(&tokens);
+}
+
+// Logits for the next token, window by window, are those of the CPU.
+static void test_next(void) {
+    Tokens tokens, other;
+    Config c = small_config();
     c.precision = IN_FP32, c.layers = 2, c.width = 48, c.heads = 3, c.seq = 90, c.batch = 1;
-    Model a = text_model_on(&GPU, c, &tokens, "README.md"), b = text_model(c, &tokens, "README.md");
+    Model a = text_model_on(&GPU, c, &tokens, "README.md"), b = text_model(c, &other, "README.md");
     Split all = {&tokens, 0, tokens.count};
     tokens_read(&all, 0, 90, a.inputs, a.targets), tokens_read(&all, 0, 90, b.inputs, b.targets);
     const long stops[] = {1, 2, 63, 64, 65, 90};
@@ -1576,6 +1600,7 @@ static void test_next(void) {
         free(want);
     }
     GPU.close(&a), CPU.close(&b), model_free(&a), model_free(&b);
+    forget(&tokens), forget(&other);
 }
 
 // A run begun on the GPU goes on on the CPU, and the other way round.
@@ -1646,7 +1671,7 @@ static const struct { const char* name; void (*test)(void); int cpu_only; } TEST
     CPU_TEST(dump), TEST(unit_scale), CPU_TEST(attention_variance), TEST(training), TEST(command_line),
     TEST(bad_files), TEST(checkpoints),
 #ifdef US_CUDA
-    TEST(step_by_step), TEST(overlay), TEST(same_bits), TEST(next), TEST(changing_devices), TEST(gpu_limits),
+    TEST(step_by_step), TEST(overlay), TEST(same_bits), TEST(next), TEST(not_finite), TEST(changing_devices), TEST(gpu_limits),
 #endif
 };
 

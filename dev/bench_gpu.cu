@@ -8,7 +8,10 @@ event behind every kernel. FLOPs per token = 6 (12 L C^2 + Vp C) + 6 L C T. Toke
 not depend on them.
 */
 #define US_NO_MAIN
-#include "../train_us.cu"
+#ifndef US_SOURCE
+#define US_SOURCE "../train_us.cu"
+#endif
+#include US_SOURCE
 
 typedef struct { const char* name; int layers, heads, width, seq; } BenchModel;
 static const BenchModel MODELS[] = {{"124M", 12, 12, 768, 1024}, {"350M", 24, 16, 1024, 1024},

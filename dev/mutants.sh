@@ -1,23 +1,45 @@
 #!/bin/sh
-# Breaks train_us.c in named ways, one at a time, and runs the tests on each: every mutant must be caught.
+# Breaks train_us.c or train_us.cu in named ways, one at a time, and runs the tests on each: every mutant must
+# be caught.
 #   make mutants            all of them         dev/mutants.sh WORD   those whose name contains WORD
-# A line below is: name | sed command that breaks it. Mutants are built without OpenMP, JOBS (2) at a time.
+# A line below is: name | sed command that breaks it; those named gpu break train_us.cu, and run on the emulator,
+# with both orders of threads. Mutants are built without OpenMP, JOBS (2) at a time.
 cd "$(dirname "$0")/.." || exit 1
-CC=${CC:-cc} JOBS=${JOBS:-2} TESTS=${TESTS:-formats random matmul activ gradients table data text oracle accum generate window held dump checkpoints}
+CC=${CC:-cc} CXX=${CXX:-g++} JOBS=${JOBS:-2}
+TESTS=${TESTS:-formats random matmul activ gradients table data text oracle accum generate window held dump checkpoints}
+GPU_TESTS=${GPU_TESTS:-step_by_step same_bits next not_finite overlay}
 dir=$(mktemp -d) || exit 1
 trap 'rm -rf "$dir"' EXIT
+here=$PWD
 
-mutant() { # name, sed command (none: the trainer as it is, which must survive)
-    mkdir -p "$dir/$1/dev"
-    sed -e "$2" train_us.c >"$dir/$1/train_us.c"
-    cp test_us.c README.md "$dir/$1/" && cp dev/debug_state.safetensors "$dir/$1/dev/"
-    if [ -n "$2" ] && cmp -s train_us.c "$dir/$1/train_us.c"; then
-        echo "STALE     $1: its sed command changes nothing"; return; fi
-    if ! (cd "$dir/$1" && $CC -std=gnu11 -O1 -w test_us.c -o test_us -lm 2>build.txt); then
-        echo "NO BUILD  $1: $(head -1 "$dir/$1/build.txt")"; return; fi
+build() { # in the mutant's directory
+    case $1 in
+    gpu*) sed -E -f "$here/dev/emu/cuda.sed" train_us.cu >cuda.cpp &&
+          $CXX -std=gnu++17 -O1 -march=native -w -I"$here/dev/emu" -I. '-DUS_SOURCE="cuda.cpp"' -x c++ test_us.c \
+              -x none "$here/out/emu.o" -fopenmp -o test_us ;;
+    *) $CC -std=gnu11 -O1 -w test_us.c -o test_us -lm ;;
+    esac
+}
+run() {
     # shellcheck disable=SC2086
-    if (cd "$dir/$1" && TMPDIR=$dir timeout 120 ./test_us -x $TESTS >log.txt 2>&1); then echo "SURVIVED  $1"
-    else echo "caught    $1 ($(grep -c FAILED "$dir/$1/log.txt") checks: $(grep -m1 FAILED "$dir/$1/log.txt" | cut -c 11-80))"; fi
+    case $1 in
+    gpu*) OMP_NUM_THREADS=1 timeout 120 ./test_us -x $GPU_TESTS && EMU_SEED=1 OMP_NUM_THREADS=1 timeout 120 ./test_us -x $GPU_TESTS ;;
+    *) timeout 120 ./test_us -x $TESTS ;;
+    esac
+}
+mutant() { # name, sed command (none: the trainer as it is, which must survive)
+    file=train_us.c
+    case $1 in gpu*) file=train_us.cu ;; esac
+    mkdir -p "$dir/$1/dev"
+    cp train_us.c train_us.cu test_us.c README.md "$dir/$1/" && cp dev/debug_state.safetensors "$dir/$1/dev/"
+    sed -e "$2" $file >"$dir/$1/$file"
+    if [ -n "$2" ] && cmp -s $file "$dir/$1/$file"; then
+        echo "STALE     $1: its sed command changes nothing"; return; fi
+    if ! (cd "$dir/$1" && build "$1" 2>build.txt); then
+        echo "NO BUILD  $1: $(head -1 "$dir/$1/build.txt")"; return; fi
+    if (cd "$dir/$1" && TMPDIR=$dir run "$1" >log.txt 2>&1); then echo "SURVIVED  $1"
+    else echo "caught    $1 ($(grep -c FAILED "$dir/$1/log.txt") checks: $(grep -m1 -E 'FAILED|emu:|cuBLAS' "$dir/$1/log.txt" | cut -c 1-90))"; fi
+    rm -f "$dir/$1/test_us"
 }
 
 if [ "$1" = --one ]; then dir=$2; trap - EXIT; mutant "$3" "$4"; exit; fi
@@ -56,7 +78,7 @@ loss: padded columns take part | s/for (long v = 0; v < V; v++) sum +=/for (long
 optimizer: b1 and b2 of Lion swapped | s/b1 = 0.9f, b2 = 0.99f/b1 = 0.99f, b2 = 0.9f/
 optimizer: b1 and b2 of AdamW swapped | s/b1 = 0.9f, b2 = 0.95f/b1 = 0.95f, b2 = 0.9f/
 optimizer: AdamW's epsilon without S | s/(float)(1e-8 \* m->grad_scale)/1e-8f/
-optimizer: AdamW's bias correction one step late | s/decay, eps, m->step + 1)/decay, eps, m->step + 2)/
+optimizer: AdamW's bias correction one step late | s/(double)m->step + 1)/(double)m->step + 2)/g
 optimizer: width rule with C, not its root | s/1.0f, 0.0f, -0.5f}/1.0f, 0.0f, -1.0f}/
 optimizer: decay follows the learning rate | s/(float)(lr \/ m->c.lr)/(float)lr/
 optimizer: gains decay | s/{"ln1.gain", DIM_1,  DIM_C,  0, 0/{"ln1.gain", DIM_1,  DIM_C,  0, 1/
@@ -67,12 +89,37 @@ resume: the data starts again | s/m->sequence = checkpoint_number(a, "sequence",
 resume: the optimizer's state is forgotten | s/memcpy(data + t->offset, from/if (data != m->m) memcpy(data + t->offset, from/
 files: overlapping tensors are accepted | s/if (a->entries\[i\].begin != at) json_die/if (0) json_die/
 text: top-k is ignored | s/c->top_k ? (int)min_l(c->top_k, V) : V/V/
+recompute: a block is not computed again | s/if (m->c.recompute \&\& mlp \&\& l < m->c.layers - 1)/if (0)/
+gpu: barrier missing before a tile is written | /^activation_kernel/,/^}/s/^    __syncthreads();//
+gpu: barrier missing before a tile is filled again | /^norm_forward_kernel/,/^}/{/^        __syncthreads();$/{N;s/__syncthreads();\n    }/\n    }/}}
+gpu: barriers missing in attention | /attention_forward_mma/,/^}/s/__syncthreads();//
+gpu: row off by one | s/const long at = (row0 + r) \* d.W/const long at = (row0 + r + 1) * d.W/
+gpu: a tile is not transposed | s/tile\[(r + i) \* stride + c\]/tile[c * stride + r + i]/
+gpu: a scale pointer | s/^    p->b = s->k_b ? layout/    static float one = 1; static const float* scale = \&one; LT(cublasLtMatmulDescSetAttribute(p->operation, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, \&scale, sizeof scale));\n&/
+gpu: NN layout in FP8 | s/w = side(gpu.wt + t->offset, O, 1/w = side(gpu.w + t->offset, I, 0/
+gpu: E5M2 by E5M2 | s/x_columns = side(xt, Np, 1, CUDA_R_8F_E4M3)/x_columns = side(xt, Np, 1, CUDA_R_8F_E5M2)/
+gpu: gradients in E4M3 | s/d.format = E5M2;/d.format = E4M3;/
+gpu: padded rows are not zero | s/if (Np > N) {/if (0) {/
+gpu: dW without its factor | s/gpu.is_fp8 ? Np : N,$/gpu.is_fp8 ? Np : N, 1.0f + 0 */
+gpu: dW does not accumulate | s/const float beta = (float)add;/const float beta = 0;/
+gpu: the skip is not weighted | s/v\[i\] += a \* g\[i\];/v[i] += g[i];/
+gpu: gain and bias gradients swapped | s/bias ? d\[i\] : d\[i\] \* v\[i\]/bias ? d[i] * v[i] : d[i]/
+gpu: half a row's sum | s/return x + __shfl_xor_sync(~0u, x, 2);/return x;/
+gpu: padded logits have gradients | s/float d = v + i < V ? scale/float d = v + i < Vp ? scale/
+gpu: a step that is not finite is taken | s/if (update \&\& result->stop) return;//
+gpu: a block is not entered again | s/^            enter_block<S>(m, l, N);//
+gpu: weights are not cast after the step | s/copies_only ? -1.0f : t->lr_factor/-1.0f/
+gpu: attention sees the next token | s/rows_are_keys ? ahead < 0 : ahead > 0/rows_are_keys ? ahead < -1 : ahead > 1/
 MUTANTS
-case $(mutant unbroken "") in SURVIVED*) ;; *)
-    echo "the unbroken trainer fails its tests:"; grep FAILED "$dir/unbroken/log.txt"; echo "0 passed, 1 failed"; exit 1 ;; esac
+for name in unbroken gpu_unbroken; do
+    case $(mutant $name "") in SURVIVED*) ;; *)
+        echo "the unbroken trainer fails its tests:"; cat "$dir/$name/build.txt"; grep -E 'FAILED|emu:' "$dir/$name/log.txt"
+        echo "0 passed, 1 failed"; exit 1 ;;
+    esac
+done
 while IFS= read -r line; do
     name=$(printf %s "${line%% | *}" | tr " /'" ___) && printf '%s\0%s\0' "$name" "${line#* | }"
-done <"$dir/list" | xargs -0 -n 2 -P "$JOBS" "$0" --one "$dir" | tee "$dir/results"
+done <"$dir/list" | xargs -r -0 -n 2 -P "$JOBS" "$0" --one "$dir" | tee "$dir/results"
 caught=$(grep -c '^caught' "$dir/results") n=$(wc -l <"$dir/list")
 echo "$caught passed, $((n - caught)) failed"
 [ "$caught" -eq "$n" ] && [ "$n" -gt 0 ]
