@@ -1335,7 +1335,7 @@ static void compare(Model* m, int block, int kind, long n) {
     const float* got = seen[seen_at].data;
     float* want = buffer(m, block, kind, 0);
     const long D = m->c.width / m->c.heads;
-    const int mlp_gradient = n == m->rows * 4 * m->c.width, tensor_cores = D == 64 || D == 128;
+    const int mlp_gradient = n == m->rows * 4 * m->c.width, tensor_cores = D == 32 || D == 64 || D == 128;
     const int attention = (kind == A_Y && tensor_cores) || (kind == D_WIDE && !mlp_gradient);
     char what[128];
     snprintf(what, sizeof what, "%s: block %d, %s, buffer %d", seen_what, block, BUFFER_KINDS[kind].name,

@@ -411,11 +411,12 @@ activation_kernel(Dest<S> out, const S* h, const S* dg, Activation kind, long N,
 // A row of qkv (B,T,3C) is all heads' Q, then K, then V; lse and delta are (B,H,T), FP32.
 static const float LOG2E = 1.44269504f;
 
-// ---- Attention on tensor cores: BF16, D = 64 or 128
+// ---- Attention on tensor cores: BF16, D = 32, 64 or 128
 // 128 threads are 4 warps of 16 rows each. Tiles of the other side come by cp.async into two buffers: one
 // fills while the other is in use. A row of a tile is D/8 chunks of 16 bytes, and chunk c of row r lies at
-// place c ^ (r % 8): the eight rows that ldmatrix reads at once are in different banks. Loops over fragments
-// have constant bounds: nvcc unrolls them and the arrays are registers (-Xptxas -v: no stack frame).
+// place c ^ (r % 8): the eight rows that ldmatrix reads at once are in different banks (of D = 32, two rows fill
+// all banks: c ^ (r / 2 % 4)). Loops over fragments have constant bounds: nvcc unrolls them and the arrays are
+// registers (-Xptxas -v: no stack frame).
 enum { MMA_THREADS = 128, ROWS = 64 };
 
 // Each PTX instruction has one wrapper; without nvcc the emulator stands in for it.
@@ -488,7 +489,9 @@ __device__ static inline uint32_t pack_bf16(float low, float high) {
 }
 
 // A tile is N rows of D values. Where its chunks are, and how it is copied: `left` rows, then zeros.
-template <int D> __device__ static inline int chunk(int row, int c) { return row * D + (c ^ (row & 7)) * 8; }
+template <int D> __device__ static inline int chunk(int row, int c) {
+    return row * D + (c ^ (D == 32 ? row / 2 & 3 : row & 7)) * 8;
+}
 template <int D, int N>
 __device__ static inline void load_tile(bf16* to, const bf16* from, int stride, int left) {
     const int c = threadIdx.x % (D / 8);
@@ -576,7 +579,7 @@ __device__ static void put_rows(Dest<bf16> d, bf16* shared, const float (&o)[D /
 
 // y and lse. A block: 64 queries of one head, the last ones first, for they have most keys. scale = log2(e) /
 // sqrt(D). Shared: Q and two tiles each of K and V, 64 rows: 40 KB for D = 64, 80 KB for D = 128.
-template <int D> static __global__ void __launch_bounds__(MMA_THREADS, D == 64 ? 4 : 2)
+template <int D> static __global__ void __launch_bounds__(MMA_THREADS, D <= 64 ? 4 : 2)
 attention_forward_mma(Dest<bf16> y, float* lse, const bf16* qkv, int T, long C, float scale) {
     extern __shared__ __align__(16) bf16 shared[];
     enum { SIZE = ROWS * D };
@@ -615,14 +618,14 @@ attention_forward_mma(Dest<bf16> y, float* lse, const bf16* qkv, int T, long C, 
 // Backward's shared memory: two tiles of 64 rows that stay, and twice a step's two tiles and two rows of
 // floats. 49 KB for D = 64, 64.5 KB for D = 128, whose narrower steps leave registers for the wider sums.
 template <int D> struct Backward {
-    enum { STEP = D == 64 ? 64 : 32, SIZE = STEP * D };
+    enum { STEP = D <= 64 ? 64 : 32, SIZE = STEP * D };
     enum { BYTES = (2 * ROWS * D + 4 * SIZE) * sizeof(bf16) + 4 * STEP * sizeof(float) };
 };
 
 // dK and dV. A block: 64 keys of one head, over the queries from the first of these on. The scores are
 // transposed, their rows are keys, so that P^T and dS^T, being left operands, stay in registers. Queries
 // beyond T are zeros and add zeros. scale = 1 / sqrt(D).
-template <int D> static __global__ void __launch_bounds__(MMA_THREADS, D == 64 ? 3 : 2)
+template <int D> static __global__ void __launch_bounds__(MMA_THREADS, D <= 64 ? 3 : 2)
 attention_backward_kv_mma(Dest<bf16> dqkv, const bf16* dy, const bf16* qkv, const float* lse,
                           const float* delta, int T, long C, float scale) {
     extern __shared__ __align__(16) bf16 shared[];
@@ -673,7 +676,7 @@ attention_backward_kv_mma(Dest<bf16> dqkv, const bf16* dy, const bf16* qkv, cons
 }
 
 // dQ. A block: 64 queries of one head, over the keys up to the last of these. scale = 1 / sqrt(D).
-template <int D> static __global__ void __launch_bounds__(MMA_THREADS, D == 64 ? 3 : 2)
+template <int D> static __global__ void __launch_bounds__(MMA_THREADS, D <= 64 ? 3 : 2)
 attention_backward_q_mma(Dest<bf16> dqkv, const bf16* dy, const bf16* qkv, const float* lse,
                          const float* delta, int T, long C, float scale) {
     extern __shared__ __align__(16) bf16 shared[];
@@ -714,7 +717,7 @@ attention_backward_q_mma(Dest<bf16> dqkv, const bf16* dy, const bf16* qkv, const
     put_rows<D>(dqkv, shared, dq, scale, scale, b * T + q0, h * D, T - q0);
 }
 
-// ---- Attention, plain: FP32, and head sizes other than 64 and 128
+// ---- Attention, plain: FP32, and other head sizes
 // A block is one warp and makes one row, of which lane l has the values l, l + 32, and so on. No tensor cores
 // and no shared memory: to be read and compared with, not to be fast.
 enum { ATTENTION_MAX_D = 512, LANE_D = ATTENTION_MAX_D / 32 };
@@ -802,7 +805,7 @@ template <int D>
 static void forward_mma(Dest<bf16> y, float* lse, const bf16* qkv, long B, long T, long C, cudaStream_t s) {
     const dim3 grid(div_up(T, ROWS), C / D, B);
     const int bytes = 5 * ROWS * D * sizeof(bf16);
-    cudaFuncSetAttribute(attention_forward_mma<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    CUDA(cudaFuncSetAttribute(attention_forward_mma<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
     attention_forward_mma<D><<<grid, MMA_THREADS, bytes, s>>>(y, lse, qkv, T, C, LOG2E / sqrtf(D));
     launched("attention_forward_mma");
 }
@@ -812,8 +815,8 @@ static void backward_mma(Dest<bf16> dqkv, const bf16* dy, const bf16* qkv, const
     const dim3 grid(div_up(T, ROWS), C / D, B);
     const int bytes = Backward<D>::BYTES;
     const float scale = 1.0f / sqrtf(D);
-    cudaFuncSetAttribute(attention_backward_kv_mma<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    cudaFuncSetAttribute(attention_backward_q_mma<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    CUDA(cudaFuncSetAttribute(attention_backward_kv_mma<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    CUDA(cudaFuncSetAttribute(attention_backward_q_mma<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
     attention_backward_kv_mma<D><<<grid, MMA_THREADS, bytes, s>>>(dqkv, dy, qkv, lse, delta, T, C, scale);
     launched("attention_backward_kv_mma");
     attention_backward_q_mma<D><<<grid, MMA_THREADS, bytes, s>>>(dqkv, dy, qkv, lse, delta, T, C, scale);
@@ -826,6 +829,7 @@ static void attention_forward_gpu(Dest<S> y, float* lse, const S* qkv, long B, l
                                   cudaStream_t s) {
     const long D = C / H;
     if constexpr (sizeof(S) == sizeof(bf16)) {
+        if (D == 32) return forward_mma<32>(y, lse, qkv, B, T, C, s);
         if (D == 64) return forward_mma<64>(y, lse, qkv, B, T, C, s);
         if (D == 128) return forward_mma<128>(y, lse, qkv, B, T, C, s);
     }
@@ -845,6 +849,7 @@ static void attention_backward_gpu(Dest<S> dqkv, float* delta, const S* dy, cons
     attention_dot<S><<<div_up(B * T * H, THREADS / 32), THREADS, 0, s>>>(delta, dy, y, B, T, H, D);
     launched("attention_dot");
     if constexpr (sizeof(S) == sizeof(bf16)) {
+        if (D == 32) return backward_mma<32>(dqkv, dy, qkv, lse, delta, B, T, C, s);
         if (D == 64) return backward_mma<64>(dqkv, dy, qkv, lse, delta, B, T, C, s);
         if (D == 128) return backward_mma<128>(dqkv, dy, qkv, lse, delta, B, T, C, s);
     }

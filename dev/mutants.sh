@@ -3,7 +3,8 @@
 # be caught.
 #   make mutants            all of them         dev/mutants.sh WORD   those whose name contains WORD
 # A line below is: name | sed command that breaks it; those named gpu break train_us.cu, and run on the emulator,
-# with both orders of threads. Mutants are built without OpenMP, JOBS (2) at a time.
+# with both orders of threads. Mutants are built without OpenMP, JOBS (2) at a time. EVERY=n OFFSET=k takes each
+# n-th line only, and the GPU's first seven.
 cd "$(dirname "$0")/.." || exit 1
 CC=${CC:-cc} CXX=${CXX:-g++} JOBS=${JOBS:-2}
 TESTS=${TESTS:-formats random matmul activ gradients table data text oracle accum generate window held dump checkpoints}
@@ -16,7 +17,7 @@ build() { # in the mutant's directory
     case $1 in
     gpu*) sed -E -f "$here/dev/emu/cuda.sed" train_us.cu >cuda.cpp &&
           $CXX -std=gnu++17 -O1 -march=native -w -I"$here/dev/emu" -I. '-DUS_SOURCE="cuda.cpp"' -x c++ test_us.c \
-              -x none "$here/out/emu.o" -fopenmp -o test_us ;;
+              -x none "$dir/emu.o" -fopenmp -o test_us ;;
     *) $CC -std=gnu11 -O1 -w test_us.c -o test_us -lm ;;
     esac
 }
@@ -43,7 +44,8 @@ mutant() { # name, sed command (none: the trainer as it is, which must survive)
 }
 
 if [ "$1" = --one ]; then dir=$2; trap - EXIT; mutant "$3" "$4"; exit; fi
-grep -v '^#' <<'MUTANTS' | grep -e "${1:-}" >"$dir/list"
+grep -v '^#' <<'MUTANTS' | grep -e "${1:-}" |
+    awk -v n="${EVERY:-1}" -v k="${OFFSET:-0}" 'NR % n == k % n || (/^gpu/ && ++gpu <= 7)' >"$dir/list"
 formats: FP8 is not clipped | s/clipped = a > max ? max : a,/clipped = a,/
 formats: NaN is lost in FP8 | s/return bits_float(a > 0x7F800000u ? u : r);/return bits_float(r);/
 formats: FP8 subnormals are flushed | s/(e < least ? least : e)/(e < least ? 0 : e)/
@@ -111,6 +113,7 @@ gpu: a block is not entered again | s/^            enter_block<S>(m, l, N);//
 gpu: weights are not cast after the step | s/copies_only ? -1.0f : t->lr_factor/-1.0f/
 gpu: attention sees the next token | s/rows_are_keys ? ahead < 0 : ahead > 0/rows_are_keys ? ahead < -1 : ahead > 1/
 MUTANTS
+cp out/emu.o "$dir/" || { echo "make out/emu.o first (make mutants does)"; exit 1; }
 for name in unbroken gpu_unbroken; do
     case $(mutant $name "") in SURVIVED*) ;; *)
         echo "the unbroken trainer fails its tests:"; cat "$dir/$name/build.txt"; grep -E 'FAILED|emu:' "$dir/$name/log.txt"
