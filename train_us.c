@@ -164,7 +164,7 @@ BOTH static inline float fp8_decode(uint8_t code, Format format) {
     uint32_t finite = float_bits(bits_float(bits) * fp8_scale(format, 1));
     return bits_float(sign | (format == E5M2 && a == 0x7C ? 0x7F800000u : finite));
 }
-__attribute__((unused)) static uint8_t fp8_encode(float x, Format format) {
+BOTH __attribute__((unused)) static uint8_t fp8_encode(float x, Format format) {
     if (isnan(x)) return 0x7F;
     uint32_t bits = float_bits(fabsf(round_fp8(x, format)) * fp8_scale(format, -1));
     return (uint8_t)(bits >> (format == E4M3 ? 20 : 21) | (float_bits(x) >> 24 & 0x80u));
@@ -323,7 +323,7 @@ static void matmul(float* out, long ld, Operand a, Operand b, long M, long N, lo
 // e^x = 2^n e^r with n = round(x / ln 2), |r| <= ln(2)/2, e^r by its series; NaN passes through.
 BOTH static inline float fast_exp(float x) {
 #ifdef __CUDA_ARCH__
-    return __expf(x);  // a GPU has an instruction for it
+    return __expf(x);  // a GPU has an instruction for it, good to 2 + 1.2 |x| units
 #endif
     x = x < -87.3f ? -87.3f : x > 88.3f ? 88.3f : x;
     float t = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are n
@@ -332,7 +332,12 @@ BOTH static inline float fast_exp(float x) {
               r * 0.00138888889f)))));
     return p * bits_float((float_bits(t) << 23) + 0x3F800000u);
 }
-BOTH static inline float sigmoid(float x) { return 1.0f / (1.0f + fast_exp(-x)); }
+BOTH static inline float sigmoid(float x) {
+#ifdef __CUDA_ARCH__
+    return __fdividef(1.0f, 1.0f + fast_exp(-x));
+#endif
+    return 1.0f / (1.0f + fast_exp(-x));
+}
 
 // Linear: Y = alpha X W^T. All three matmuls carry the same alpha ([µS] table 1); no biases.
 static void linear_forward(float* y, const float* x, const float* w,    // (N,O), (N,I), (O,I)

@@ -61,7 +61,8 @@ static Profile* profile;
 static cudaStream_t stream;  // all work is on this one
 static void launched(const char* name) {
     cuda_check(cudaGetLastError(), name, __FILE__, __LINE__);
-    if (!profile || profile->n == PROFILE_MAX) return;
+    if (!profile) return;
+    if (profile->n == PROFILE_MAX) die("a profile has room for %d launches", PROFILE_MAX);
     if (!profile->event[profile->n]) CUDA(cudaEventCreate(&profile->event[profile->n]));
     CUDA(cudaEventRecord(profile->event[profile->n], stream));
     profile->name[profile->n++] = name;
@@ -83,46 +84,34 @@ template <class S> struct Dest {
     Format format;  // of q and qt
 };
 
-__device__ static inline fp8 to_fp8(float x, Format format) {
-    return __nv_cvt_float_to_fp8(x, __NV_SATFINITE, format == E4M3 ? __NV_E4M3 : __NV_E5M2);
+// Two values' codes, the first in the low byte. Cards before sm_89 have no instruction for it.
+__device__ static inline uint32_t to_fp8x2(float x, float y, Format format) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 890
+    return fp8_encode(x, format) | (uint32_t)fp8_encode(y, format) << 8;
+#else
+    return __nv_cvt_float2_to_fp8x2(make_float2(x, y), __NV_SATFINITE, format == E4M3 ? __NV_E4M3 : __NV_E5M2);
+#endif
 }
-
-enum { TILE = 64, THREADS = 256 };  // a tile is TILE rows by TILE columns; four threads have a row of it
-
-// Writes a tile that the block has put into shared memory, its value (r, c) at tile[r * stride + c], to rows
-// row0 .. row0+rows-1 and columns col0 .. col0+cols-1 of d. cols, col0 and W are multiples of 16; rows and
-// row0 are any. All threads of the block call it, between two __syncthreads of the caller's.
-template <class S>
-__device__ static void put_tile(Dest<S> d, const S* tile, int stride, long row0, long col0, int rows,
-                                int cols) {
-    const int pieces = cols / 16;
-    for (int p = threadIdx.x; p < rows * pieces; p += blockDim.x) {
-        const int r = p / pieces, c = p % pieces * 16;
-        const long at = (row0 + r) * d.W + col0 + c;
-        Pack<fp8> codes;
-        for (int i = 0; i < 16; i += Pack<S>::N) {
-            Pack<S> values;
-            for (int k = 0; k < Pack<S>::N; k++) {
-                values.v[k] = tile[r * stride + c + i + k];
-                codes.v[i + k] = to_fp8((float)values.v[k], d.format);
-            }
-            if (d.out) *(Pack<S>*)(d.out + at + i) = values;
-        }
-        if (d.q) *(Pack<fp8>*)(d.q + at) = codes;
-    }
-    if (!d.qt) return;
-    const int runs = (rows + 15) / 16;  // of 16 rows in a column
-    for (int p = threadIdx.x; p < cols * runs; p += blockDim.x) {
-        const int c = p / runs, r = p % runs * 16, n = min(16, rows - r);
-        fp8* to = d.qt + (col0 + c) * d.Np + row0 + r;
-        Pack<fp8> codes;
-        for (int i = 0; i < n; i++) codes.v[i] = to_fp8((float)tile[(r + i) * stride + c], d.format);
-        if (n == 16 && row0 % 16 == 0) *(Pack<fp8>*)to = codes;
-        else for (int i = 0; i < n; i++) to[i] = codes.v[i];
+// Values as 16-byte stores. (Told to store a Pack, nvcc may still store value by value.)
+__device__ static inline void store_bits(void* p, uint4 bits) { __stwb((uint4*)p, bits); }
+__device__ static inline void store_fp8(fp8* p, const float* v, Format format) {  // 16 of them
+    uint32_t word[4];
+    #pragma unroll
+    for (int i = 0; i < 4; i++)
+        word[i] = to_fp8x2(v[4 * i], v[4 * i + 1], format) | to_fp8x2(v[4 * i + 2], v[4 * i + 3], format) << 16;
+    store_bits(p, make_uint4(word[0], word[1], word[2], word[3]));
+}
+template <class S> __device__ static inline void store16(S* p, const float* v) {
+    #pragma unroll
+    for (int i = 0; i < 16; i += Pack<S>::N) {
+        Pack<S> x;
+        uint4 bits;
+        #pragma unroll
+        for (int k = 0; k < Pack<S>::N; k++) x.v[k] = (S)v[i + k];
+        memcpy(&bits, &x, sizeof bits);
+        store_bits(p + i, bits);
     }
 }
-
-// In every kernel below a block of THREADS works on tiles of TILE x TILE; a thread has 16 values of one row.
 template <class S> __device__ static inline void load16(float* v, const S* p) {
     #pragma unroll
     for (int i = 0; i < 16; i += Pack<S>::N) {
@@ -131,15 +120,43 @@ template <class S> __device__ static inline void load16(float* v, const S* p) {
         for (int k = 0; k < Pack<S>::N; k++) v[i + k] = (float)x.v[k];
     }
 }
-template <class S> __device__ static inline void store16(S* p, const float* v) {
-    #pragma unroll
-    for (int i = 0; i < 16; i += Pack<S>::N) {
-        Pack<S> x;
-        #pragma unroll
-        for (int k = 0; k < Pack<S>::N; k++) x.v[k] = (S)v[i + k];
-        *(Pack<S>*)(p + i) = x;
+
+// Most kernels work on tiles of TILE x TILE, a block of THREADS on each: four threads a row, 16 values a thread.
+enum { TILE = 64, THREADS = 256 };
+
+// Writes a tile that the block has put into shared memory, its value (r, c) at tile[r * stride + c], to rows
+// row0 .. row0+rows-1 and columns col0 .. col0+cols-1 of d. cols, col0 and W are multiples of 16; rows and
+// row0 are any. All threads of the block call it, between two __syncthreads of the caller's.
+template <class S>
+__device__ static void put_tile(Dest<S> d, const S* tile, int stride, long row0, long col0, int rows,
+                                int cols) {
+    const unsigned pieces = (unsigned)cols / 16, runs = (unsigned)(rows + 15) / 16;  // of a row, of a column
+    float v[16];
+    if (d.out || d.q)
+        for (unsigned p = threadIdx.x; p < rows * pieces; p += blockDim.x) {
+            const unsigned r = p / pieces, c = p % pieces * 16;
+            const long at = (row0 + r) * d.W + col0 + c;
+            #pragma unroll
+            for (int i = 0; i < 16; i++) v[i] = (float)tile[r * stride + c + i];
+            if (d.out) store16(d.out + at, v);
+            if (d.q) store_fp8(d.q + at, v, d.format);
+        }
+    if (!d.qt) return;
+    for (unsigned p = threadIdx.x; p < cols * runs; p += blockDim.x) {
+        const unsigned c = p / runs, r = p % runs * 16;
+        fp8* to = d.qt + (col0 + c) * d.Np + row0 + r;
+        if (r + 16 <= (unsigned)rows && row0 % 16 == 0) {
+            #pragma unroll
+            for (int i = 0; i < 16; i++) v[i] = (float)tile[(r + i) * stride + c];
+            store_fp8(to, v, d.format);
+        } else {
+            #pragma unroll 1
+            for (unsigned i = r; i < (unsigned)rows && i < r + 16; i++, to++)
+                *to = (fp8)to_fp8x2((float)tile[i * stride + c], 0.0f, d.format);
+        }
     }
 }
+
 enum { STRIDE = TILE + 2 };  // of a tile in shared memory: neither rows nor columns fall on one bank
 __device__ static inline int tile_row(void) { return (int)threadIdx.x / 4; }
 __device__ static inline int tile_col(void) { return (int)threadIdx.x % 4 * 16; }
@@ -353,6 +370,7 @@ norm_parameters_kernel(float* dgain, float* dbias, const float* partial, long ro
     const long c = (long)blockIdx.x * 32 + threadIdx.x % 32;
     const int group = (int)threadIdx.x / 32;
     float sum = 0;
+    #pragma unroll 16
     for (long r = group; r < rows && c < 2 * C; r += 8) sum += partial[r * 2 * C + c];
     sums[group][threadIdx.x % 32] = sum;
     __syncthreads();
@@ -739,7 +757,7 @@ __device__ static void put_row(Dest<S> to, long n, long col, const float (&x)[LA
     for (int i = 0, d = threadIdx.x; i < LANE_D; i++, d += 32) {
         if (d >= D) continue;
         const S value = (S)(x[i] * factor);
-        const fp8 code = to_fp8((float)value, to.format);
+        const fp8 code = (fp8)to_fp8x2((float)value, 0.0f, to.format);
         if (to.out) to.out[n * to.W + col + d] = value;
         if (to.q) to.q[n * to.W + col + d] = code;
         if (to.qt) to.qt[(col + d) * to.Np + n] = code;
@@ -807,7 +825,7 @@ static void forward_mma(Dest<bf16> y, float* lse, const bf16* qkv, long B, long 
     const int bytes = 5 * ROWS * D * sizeof(bf16);
     CUDA(cudaFuncSetAttribute(attention_forward_mma<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
     attention_forward_mma<D><<<grid, MMA_THREADS, bytes, s>>>(y, lse, qkv, T, C, LOG2E / sqrtf(D));
-    launched("attention_forward_mma");
+    launched("attention forward");
 }
 template <int D>
 static void backward_mma(Dest<bf16> dqkv, const bf16* dy, const bf16* qkv, const float* lse,
@@ -818,9 +836,9 @@ static void backward_mma(Dest<bf16> dqkv, const bf16* dy, const bf16* qkv, const
     CUDA(cudaFuncSetAttribute(attention_backward_kv_mma<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
     CUDA(cudaFuncSetAttribute(attention_backward_q_mma<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
     attention_backward_kv_mma<D><<<grid, MMA_THREADS, bytes, s>>>(dqkv, dy, qkv, lse, delta, T, C, scale);
-    launched("attention_backward_kv_mma");
+    launched("attention backward, dK and dV");
     attention_backward_q_mma<D><<<grid, MMA_THREADS, bytes, s>>>(dqkv, dy, qkv, lse, delta, T, C, scale);
-    launched("attention_backward_q_mma");
+    launched("attention backward, dQ");
 }
 
 // y (B,T,C) and lse from qkv: attention_forward of train_us.c.
@@ -836,7 +854,7 @@ static void attention_forward_gpu(Dest<S> y, float* lse, const S* qkv, long B, l
     if (D > ATTENTION_MAX_D)
         die("heads of %ld values: the GPU has kernels for %d at most; use more heads", D, ATTENTION_MAX_D);
     attention_forward_plain<S><<<dim3(T, H, B), 32, 0, s>>>(y, lse, qkv, T, D, LOG2E / sqrtf(D));
-    launched("attention_forward_plain");
+    launched("attention forward");
 }
 
 // dqkv from dy, y, qkv and lse: attention_backward of train_us.c. delta (B,H,T) is work space.
@@ -847,14 +865,14 @@ static void attention_backward_gpu(Dest<S> dqkv, float* delta, const S* dy, cons
     const long D = C / H;
     const float scale = 1.0f / sqrtf(D);
     attention_dot<S><<<div_up(B * T * H, THREADS / 32), THREADS, 0, s>>>(delta, dy, y, B, T, H, D);
-    launched("attention_dot");
+    launched("attention delta");
     if constexpr (sizeof(S) == sizeof(bf16)) {
         if (D == 32) return backward_mma<32>(dqkv, dy, qkv, lse, delta, B, T, C, s);
         if (D == 64) return backward_mma<64>(dqkv, dy, qkv, lse, delta, B, T, C, s);
         if (D == 128) return backward_mma<128>(dqkv, dy, qkv, lse, delta, B, T, C, s);
     }
     attention_backward_plain<S><<<dim3(T, H, B), 32, 0, s>>>(dqkv, dy, qkv, lse, delta, T, D, scale);
-    launched("attention_backward_plain");
+    launched("attention backward");
 }
 // ---- Loss --------------------------------------------------------------------------------------------------
 // Cross-entropy of a row of logits, a block a row; with want_gradient the logits become their own gradient,
@@ -869,8 +887,9 @@ loss_kernel(float* losses, S* logits, const int* targets, int want_gradient, flo
         const Pack<S> p = *(const Pack<S>*)(z + v);
         float most = max;
         for (int i = 0; i < Pack<S>::N && v + i < V; i++) most = fmaxf(most, (float)p.v[i]);
-        sum *= fast_exp(max - most);
-        for (int i = 0; i < Pack<S>::N && v + i < V; i++) sum += fast_exp((float)p.v[i] - most);
+        if (most > max) sum *= fast_exp(max - most);
+        for (int i = 0; i < Pack<S>::N && v + i < V; i++)  // where all are -inf so far, they add nothing
+            sum += most == -INFINITY && (float)p.v[i] == most ? 0.0f : fast_exp((float)p.v[i] - most);
         max = most;
     }
     float most = max;
@@ -878,7 +897,7 @@ loss_kernel(float* losses, S* logits, const int* targets, int want_gradient, flo
     if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = most;
     __syncthreads();
     for (int i = 0; i < (int)blockDim.x / 32; i++) most = fmaxf(most, shared[i]);
-    sum = block_sum(max == -INFINITY ? 0.0f : sum * fast_exp(max - most), shared);
+    sum = block_sum(max == most ? sum : sum * fast_exp(max - most), shared);
     if (threadIdx.x == 0) losses[blockIdx.x] = logf(sum) + most - (float)z[target];
     __syncthreads();  // the target's logit is read before anyone writes
     if (!want_gradient) return;
@@ -1063,19 +1082,22 @@ static const Product* product_of(const Shape* s) {
     cublasLtMatmulPreference_t preference;
     const size_t workspace = WORKSPACE;
     const uint32_t align = (uint32_t)s->align;
+    const uint32_t reduce = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;  // parts of a sum are added in FP32 only
     const cublasLtMatmulPreferenceAttributes_t aligned[] = {
         CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
         CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES};
     LT(cublasLtMatmulPreferenceCreate(&preference));
     LT(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace,
                                             sizeof workspace));
+    LT(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reduce,
+                                            sizeof reduce));
     for (int i = 0; i < 4; i++)
         LT(cublasLtMatmulPreferenceSetAttribute(preference, aligned[i], &align, sizeof align));
     cublasLtMatmulHeuristicResult_t found;
     int n = 0;
     cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(lt.handle, p->operation, p->b, p->a, p->out,
                                                            p->out, preference, 1, &found, &n);
-    if (status != CUBLAS_STATUS_SUCCESS || n == 0)
+    if (status != CUBLAS_STATUS_SUCCESS || n == 0 || found.state != CUBLAS_STATUS_SUCCESS)
         die("cuBLASLt cannot multiply (%ld,%ld) %s by (%ld,%ld) %s into %s (status %d); try --precision bf16",
             s->M, s->K, type_name(s->type_a), s->K, s->N, type_name(s->type_b), type_name(s->type),
             (int)status);
@@ -1102,7 +1124,7 @@ static void gemm(const char* name, void* out, cudaDataType_t type, long ld, Side
     Shape s;
     memset(&s, 0, sizeof s);  // for memcmp: padding too
     s.M = M, s.N = N, s.K = K, s.ld_a = a.ld, s.ld_b = b.ld, s.ld = ld, s.k_a = a.k_contiguous;
-    s.k_b = b.k_contiguous, s.type_a = a.type, s.type_b = b.type, s.type = type, s.fast = fast, s.add = add;
+    s.k_b = b.k_contiguous, s.type_a = a.type, s.type_b = b.type, s.type = type, s.fast = fast && bytes_of(a.type) == 1, s.add = add;
     s.align = (int)(bits & -bits);
     const Product* p = product_of(&s);
     const float beta = (float)add;
@@ -1114,7 +1136,8 @@ static void gemm(const char* name, void* out, cudaDataType_t type, long ld, Side
 // ---- The model on the GPU ----------------------------------------------------------------------------------
 // Device memory. The buffers are train_us.c's, in the stream's format; of the inputs of the four linears of a
 // block the FP8 mode keeps the transposed codes instead (backward needs no others).
-enum { LINEARS = 4, MAX_LAYERS = 1000, HEAD_ROWS = 8192 };  // HEAD_ROWS: logits exist for so many at a time
+enum { LINEARS = 4, MAX_LAYERS = 1000 };
+static long head_rows = 8192;  // logits exist for so many rows at a time; a test has fewer
 static struct {
     cudaDeviceProp card;
     int is_fp8, native;                     // hidden operands are FP8; the card multiplies FP8
@@ -1164,7 +1187,8 @@ static int buffers_of(const Model* m, int k) {
 static void* allocations[64 * MAX_LAYERS];
 static int num_allocations;
 static void plan_one(void** at, int part, double bytes) {
-    gpu.bytes[part] += bytes;
+    const double page = bytes > 1 << 20 ? 1 << 21 : 512;  // what cudaMalloc takes for it
+    gpu.bytes[part] += ceil(bytes / page) * page;
     if (!at || bytes == 0) return;
     CUDA(cudaMalloc(at, (size_t)bytes));
     allocations[num_allocations++] = *at;
@@ -1188,7 +1212,7 @@ static double plan(const Model* m, int training, int carry_out) {
     }
     for (int k = 0; k < BUFFERS; k++) {
         const double width = (double)dim_of(&m->c, BUFFER_KINDS[k].width);
-        const double rows = k == A_LOGITS ? fmin(N, HEAD_ROWS) : N;
+        const double rows = k == A_LOGITS ? fmin(N, (double)head_rows) : N;
         for (int l = 0; l < buffers_of(m, k) && (training || k < D_X || k == D_WIDE || k == D_BRANCH); l++)
             PLAN(gpu.act[k][l], ACTIVATIONS, rows * width * (width == 1 ? 4 : S));
     }
@@ -1229,7 +1253,7 @@ static double plan_for_batch(const Model* m, int batch, int recompute) {
 }
 // The largest batch whose plan fits into so many bytes; 0: none.
 static int largest_batch(const Model* m, double bytes, int recompute) {
-    int fits = 0, too_many = 65537;
+    int fits = 0, too_many = 65536;  // a grid has at most 65535 blocks in two of its dimensions
     while (too_many - fits > 1) {
         const int middle = (fits + too_many) / 2;
         *(plan_for_batch(m, middle, recompute) <= bytes ? &fits : &too_many) = middle;
@@ -1439,7 +1463,7 @@ template <class S> static void logits_gpu(Model* m, long row, long n) {
          n, m->vp, C, tensor(m, 0, HEAD)->alpha, 0, 0);
 }
 // Losses of all rows; with want_gradient dW_head too, and in D_BRANCH the gradient at the head's input. The
-// logits exist for HEAD_ROWS rows at a time.
+// logits exist for head_rows rows at a time.
 template <class S> static void head_gpu(Model* m, long N, int want_gradient) {
     const long C = m->c.width, V = m->c.vocab;
     const Format f = m->head->operand;
@@ -1448,8 +1472,8 @@ template <class S> static void head_gpu(Model* m, long N, int want_gradient) {
     float* losses = floats_of(m, 0, A_LOSSES);
     stat_gpu(m, row_of_stats, "head", 0, lnf, N * C, f);
     stat_gpu(m, row_of_stats, "head", 1, param_gpu(m, 0, HEAD), V * C, f);
-    for (long row = 0; row < N; row += HEAD_ROWS) {
-        const long n = min_l(HEAD_ROWS, N - row);
+    for (long row = 0; row < N; row += head_rows) {
+        const long n = min_l(head_rows, N - row);
         logits_gpu<S>(m, row, n);
         trace_buffer(m, 0, A_LOGITS, logits, row, n * m->vp);
         const int threads = (int)min_l(512, div_up(m->vp, 32 * Pack<S>::N) * 32);
@@ -1639,6 +1663,7 @@ template <class S> static StepResult step_gpu(Model* m, const Split* train, doub
     CUDA(cudaMemsetAsync(gpu.result, 0, sizeof(Result), stream));
     for (int i = 0; i < m->c.accum; i++) {
         upload_batch(gpu.staged[gpu.turn] + i * ints, ints);
+        launched("zero gradients, upload");
         gpu.full = m->stats_on;
         run_graph<S>(&gpu.micro, &gpu.micro_runs, micro_gpu<S>, m);
         m->stats_on = gpu.full = 0;  // statistics are of the first batch
@@ -1716,6 +1741,8 @@ static void gpu_open(Model* m) {
     if (m->c.width % 16) die("--width %d: on a GPU it has to be a multiple of 16", m->c.width);
     if (m->c.width / m->c.heads > ATTENTION_MAX_D)
         die("--heads %d: on a GPU a head has at most %d of --width", m->c.heads, ATTENTION_MAX_D);
+    if (m->c.batch > 65535 || m->rows > 65535L * TILE)
+        die("--batch %d of --seq %d is more than a grid of blocks can hold: use --accum", m->c.batch, m->c.seq);
     gpu.is_fp8 = m->hidden->operand == E4M3;
     gpu.native = sm >= 89;
     gpu.type = is_fp32(m) ? CUDA_R_32F : CUDA_R_16BF;
@@ -1736,13 +1763,14 @@ static void gpu_open(Model* m) {
     }
     CUDA(cudaMalloc(&lt.workspace, WORKSPACE));
     // Worth measuring where a step is: in a tiny one launches count, not FLOP.
-    if (m->grads && flops_per_token(m) * (double)m->rows > 1e12 && usable - wanted > 1e9)
+    if (m->grads && flops_per_token(m) * (double)m->rows > 1e12 && usable > 1e9)
         gpu.ceiling = measure_product(CUDA_R_16BF, 8192);
     CUDA(cudaFree(lt.workspace));
     plan(m, m->grads != NULL, 1);
     upload(gpu.params, m->params, m->num_params);
     upload(gpu.m, m->m, m->num_params);
     upload(gpu.v, m->v, m->num_params);
+    CUDA(cudaDeviceSynchronize());  // copies from the host are on another stream
     is_fp32(m) ? update_gpu<float>(m, 1) : update_gpu<bf16>(m, 1);
     for (int i = 0; i < 2; i++)
         CUDA(cudaMallocHost(&gpu.staged[i], sizeof(int) * (size_t)(ints_of_batch(m) * m->c.accum)));
@@ -1761,7 +1789,7 @@ static void gpu_open(Model* m) {
         CUDA(cudaMemcpy(gpu.chunks, chunks, sizeof(Chunk) * (size_t)gpu.num_chunks, cudaMemcpyHostToDevice));
         free(chunks);
     }
-    CUDA(cudaStreamSynchronize(stream));
+    CUDA(cudaDeviceSynchronize());
 }
 static void gpu_close(Model* m) {
     void* const pinned[] = {gpu.staged[0], gpu.staged[1], gpu.host_stat, gpu.host_result, gpu.host_rates};
@@ -1769,7 +1797,7 @@ static void gpu_close(Model* m) {
     if (gpu.micro) CUDA(cudaGraphExecDestroy(gpu.micro));
     if (gpu.finish) CUDA(cudaGraphExecDestroy(gpu.finish));
     while (num_allocations) CUDA(cudaFree(allocations[--num_allocations]));
-    for (int i = 0; i < 5; i++) CUDA(cudaFreeHost(pinned[i]));
+    for (int i = 0; i < 5; i++) if (pinned[i]) CUDA(cudaFreeHost(pinned[i]));
     for (int i = 0; i < lt.count; i++) {
         const cublasLtMatrixLayout_t layouts[] = {lt.products[i].a, lt.products[i].b, lt.products[i].out};
         for (int k = 0; k < 3; k++) LT(cublasLtMatrixLayoutDestroy(layouts[k]));

@@ -1,49 +1,50 @@
 #!/usr/bin/env bash
-# `make gpu`: everything a visit to a GPU is for, in under eight minutes. Tests there, GPU and CPU side by side on
-# real text, speed; written to dev/results/CARD-DATE.md as it is to be committed.
+# `make gpu`: everything a visit to a GPU is for, in under eight minutes. Builds for this card, runs all tests on it,
+# trains on GPU and CPU side by side, measures; writes dev/results/CARD-DATE.md as it goes, to be committed as it is.
 set -u -o pipefail
 cd "$(dirname "$0")/.." || exit 1
-command -v nvidia-smi >/dev/null || { echo "make gpu: no nvidia-smi: this machine has no GPU"; exit 1; }
-card=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1) || exit 1
-to=dev/results/$(echo "$card" | tr -c 'A-Za-z0-9\n' '-')-$(date -u +%Y-%m-%d).md
-make all test_us_cuda train_us_cuda bench_gpu out/self.txt || exit 1
+if ! command -v nvidia-smi >/dev/null || ! card=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1); then
+    echo "make gpu: no GPU is found here (nvidia-smi); make test_us_emu && ./test_us_emu tests the same source on a CPU"
+    exit 1
+fi
+start=$SECONDS failed=0
+to=dev/results/$(echo "$card" | tr -cs 'A-Za-z0-9\n' '-')-$(date -u +%Y-%m-%d).md
+make -j4 train_us test_us_cuda train_us_cuda bench_gpu out/self.txt || exit 1
 mkdir -p dev/results out
-{
-    echo "# $card, $(date -u +%Y-%m-%d)"
-    echo
-    echo "Written by \`make gpu\`: commit $(git rev-parse --short HEAD 2>/dev/null || echo unknown), driver" \
-         "$(nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -n 1)," \
-         "$(nvcc --version | sed -n 's/.*release \([0-9.]*\).*/CUDA \1/p')."
-} >out/gpu.md
-start=$SECONDS
+trap '[ -z "${OUT:-}" ] || cp "$to" "$OUT/"' EXIT
+exec 3>"$to"
+cat >&3 <<END
+# $card, $(date -u +%Y-%m-%d)
+
+Written by \`make gpu\`: commit $(git rev-parse --short HEAD 2>/dev/null || echo unknown), driver $(nvidia-smi \
+--query-gpu=driver_version --format=csv,noheader | head -n 1), $(nvcc --version | sed -n 's/.*release \([0-9.]*\).*/CUDA \1/p').
+
+## Tests
+
+END
 echo "tests on the GPU"
-./test_us_cuda 2>&1 | tee out/gpu_tests.txt
-failed=$?
-{
-    echo; echo "## Tests"; echo; echo '```'
-    grep -E 'FAILED|passed' out/gpu_tests.txt
-    echo '```'
-} >>out/gpu.md
+echo '```' >&3
+timeout 200 ./test_us_cuda 2>&1 | tee /dev/stderr | grep -E 'FAILED|passed' >&3 || failed=1
+[ "${PIPESTATUS[0]}" -eq 0 ] || { failed=1; echo "tests failed, or took longer than 200 s" >&3; }
+echo '```' >&3
+
 echo "GPU and CPU side by side"
 flags="--input out/self.txt --steps 200 --eval-every 100 --tokens 1"
 rm -rf out/on_gpu out/on_cpu
 # shellcheck disable=SC2086
-./train_us_cuda $flags --out out/on_gpu >out/on_gpu.txt 2>&1 || { cat out/on_gpu.txt; failed=1; }
+./train_us_cuda $flags --out out/on_gpu || failed=1
 # shellcheck disable=SC2086
-./train_us $flags --out out/on_cpu >out/on_cpu.txt 2>&1 || { cat out/on_cpu.txt; failed=1; }
-{
-    echo; echo "## One run on both (\`$flags\`)"; echo
-    echo "| step | loss, GPU | loss, CPU | apart |"; echo "|---|---|---|---|"
-    paste -d, out/on_gpu/log.csv out/on_cpu/log.csv | awk -F, \
-        'NR > 1 && ($1 == 1 || $1 % 20 == 0) { printf "| %d | %s | %s | %.3f %% |\n", $1, $2, $9, 100 * ($2 / $9 - 1) }'
-    echo
-} >>out/gpu.md
+./train_us $flags --out out/on_cpu || failed=1
+printf '\n## One run on both (`%s`)\n\n| step | loss, GPU | loss, CPU | apart |\n|---|---|---|---|\n' "$flags" >&3
+paste -d, out/on_gpu/log.csv out/on_cpu/log.csv | awk -F, '
+    NR > 1 { apart = 100 * ($2 / $9 - 1); if (!(apart < 1 && apart > -1)) bad = 1 }
+    NR > 1 && ($1 == 1 || $1 % 20 == 0) { printf "| %d | %s | %s | %.3f %% |\n", $1, $2, $9, apart }
+    END { if (NR != 201) bad = 1; if (bad) print "\nMore than 1 % apart, or not all steps were taken."; exit bad }' >&3 || failed=1
+
 echo "speed"
-./bench_gpu | tee out/gpu_bench.md
-[ "${PIPESTATUS[0]}" -eq 0 ] || failed=1
-cat out/gpu_bench.md >>out/gpu.md
-echo "all of it took $((SECONDS - start)) s" | tee -a /dev/null
-cp out/gpu.md "$to"
-[ -z "${OUT:-}" ] || cp out/gpu.md "$OUT/"
+echo >&3
+timeout 280 ./bench_gpu | tee /dev/stderr >&3 || { failed=1; echo "bench_gpu failed, or took longer than 280 s" >&3; }
+echo "
+All of it took $((SECONDS - start)) s." >&3
 echo "wrote $to"
 exit $failed

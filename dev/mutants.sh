@@ -44,8 +44,10 @@ mutant() { # name, sed command (none: the trainer as it is, which must survive)
 }
 
 if [ "$1" = --one ]; then dir=$2; trap - EXIT; mutant "$3" "$4"; exit; fi
-grep -v '^#' <<'MUTANTS' | grep -e "${1:-}" |
-    awk -v n="${EVERY:-1}" -v k="${OFFSET:-0}" 'NR % n == k % n || (/^gpu/ && ++gpu <= 7)' >"$dir/list"
+some() { # of the lines, as EVERY and OFFSET say
+    awk -v n="${EVERY:-1}" -v k="${OFFSET:-0}" 'NR % n == k % n || (/^gpu/ && ++gpu <= 7)'
+}
+grep -v '^#' <<'MUTANTS' | grep -e "${1:-}" | some >"$dir/list"
 formats: FP8 is not clipped | s/clipped = a > max ? max : a,/clipped = a,/
 formats: NaN is lost in FP8 | s/return bits_float(a > 0x7F800000u ? u : r);/return bits_float(r);/
 formats: FP8 subnormals are flushed | s/(e < least ? least : e)/(e < least ? 0 : e)/

@@ -8,6 +8,9 @@ enum __nv_fp8_interpretation_t { __NV_E4M3 = E4M3, __NV_E5M2 = E5M2 };
 EMU_INLINE __nv_fp8_storage_t __nv_cvt_float_to_fp8(float x, __nv_saturation_t, __nv_fp8_interpretation_t f) {
     return fp8_encode(x, (Format)f);
 }
+EMU_INLINE unsigned short __nv_cvt_float2_to_fp8x2(float2 x, __nv_saturation_t, __nv_fp8_interpretation_t f) {
+    return (unsigned short)(fp8_encode(x.x, (Format)f) | fp8_encode(x.y, (Format)f) << 8);
+}
 namespace emu {
 static const struct Values {                         // of all 256 codes, in both formats
     float e4m3[256], e5m2[256];

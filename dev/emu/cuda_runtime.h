@@ -151,6 +151,7 @@ unsigned atomicAdd(unsigned *p, unsigned v);
 float atomicAdd(float *p, float v);
 template <class T> EMU_INLINE T __ldg(const T *p) { return *p; }
 template <class T> EMU_INLINE T __ldcs(const T *p) { return *p; }
+template <class T> EMU_INLINE void __stwb(T *p, std::common_type_t<T> v) { *p = v; }
 template <class T> EMU_INLINE void __stcs(T *p, std::common_type_t<T> v) { *p = v; }
 template <class A, class B> std::common_type_t<A, B> min(A a, B b) { return b < a ? b : a; }
 template <class A, class B> std::common_type_t<A, B> max(A a, B b) { return a < b ? b : a; }

@@ -341,7 +341,7 @@ cudaError_t allocate(void **p, size_t bytes, bool host) {
 cudaError_t release(void *p, bool host) {
     auto a = allocations.find((char *)p);
     if (cudaError_t e = synchronize("cudaFree")) return e;
-    if (!p) return cudaSuccess;
+    if (!p && !host) return cudaSuccess;             // of cudaFree only is that promised
     if (a == allocations.end() || a->second.host != host) REFUSE(cudaErrorInvalidValue, "free of %p", p);
     if (!host) in_use -= a->second.bytes;
     if (note_memory) note_memory(p, 0, nullptr);
