@@ -39,7 +39,10 @@ mutant() { # name, sed command (none: the trainer as it is, which must survive)
     if ! (cd "$dir/$1" && build "$1" 2>build.txt); then
         echo "NO BUILD  $1: $(head -1 "$dir/$1/build.txt")"; return; fi
     if (cd "$dir/$1" && TMPDIR=$dir run "$1" >log.txt 2>&1); then echo "SURVIVED  $1"
-    else echo "caught    $1 ($(grep -c FAILED "$dir/$1/log.txt") checks: $(grep -m1 -E 'FAILED|emu:|cuBLAS' "$dir/$1/log.txt" | cut -c 1-90))"; fi
+    else
+        first=$(grep -m1 -E 'FAILED|emu:|cuBLAS' "$dir/$1/log.txt" | cut -c 1-90)
+        echo "caught    $1 ($(grep -c FAILED "$dir/$1/log.txt") checks: ${first:-it crashes})"
+    fi
     rm -f "$dir/$1/test_us"
 }
 
