@@ -1,7 +1,7 @@
 /*
 test_us.c: the tests of us.c. It includes the trainer, so that every function can be called: train_us.c, or
-with -DUS_SOURCE train_us.cu, compiled for a GPU or for the emulator of dev/emu. Then `device` is the GPU: tests
-of arithmetic that is not there are left out, and the tests that hold it to the CPU are added.
+with -DUS_SOURCE train_us.cu, compiled for a GPU or for the emulator of dev/emu. Then `device` is the GPU:
+tests of arithmetic that is not there are left out, and the tests that hold it to the CPU are added.
 
   make test                   all tests
   ./test_us NAME ...          the tests whose name contains NAME; with -x, no test after one that fails
@@ -462,7 +462,8 @@ static void test_oracle(void) {
                             const Entry* e = state_entry(&a, "%s.fp8.spread.logits%s%s", s, "", "");
                             bound = fmax(bound, 4.0 * *(const float*)e->data);
                         }
-                        if (rough) bound = fmax(bound, 0x1p-6);  // FP8 tensor cores keep about 14 bits of a sum
+                        if (rough)
+                            bound = fmax(bound, 0x1p-6);  // FP8 tensor cores keep about 14 bits of a sum
                         check_below(distance(logits, (const float*)want->data, m.rows * c.vocab), bound, s,
                                     "logits");
                         free(logits);
@@ -785,7 +786,8 @@ static void read_text(const char* path, char* to, size_t size) {
     if (f) fclose(f);
 }
 // Runs `flags` as a shell would split them, with %s standing for the directory of the tests. threads 0: as
-// they are; limit > 0: no file may grow beyond it, as on a full disk; signal: sent once the first step is in other/log.csv.
+// they are; limit > 0: no file may grow beyond it, as on a full disk; signal: sent once other/log.csv has a
+// step.
 static const Run* run_with(const char* flags, int threads, long limit, int signal) {
     char command[8192], out[1100], err[1100], text[32];
     text_file(out, sizeof out, "out.txt"), text_file(err, sizeof err, "err.txt");
@@ -1572,7 +1574,8 @@ static void test_same_bits(void) {
     }
 }
 
-// A weight that is NaN: the loss shows it, a tensor is named, nothing is changed, and the data is not used up.
+// A weight that is NaN: the loss shows it, a tensor is named, nothing is changed, and the data is not used
+// up.
 static void test_not_finite(void) {
     Tokens tokens;
     Config c = small_config();
@@ -1588,14 +1591,15 @@ static void test_not_finite(void) {
     CUDA(cudaMemcpy(gpu.params + at, &nan, sizeof nan, cudaMemcpyHostToDevice));
     const StepResult r = GPU.step(&m, &all, 0.01);
     GPU.fetch(&m);
-    check(isnan(r.loss) && r.bad && m.step == 3 && m.sequence == sequence, "a step on NaN: loss %g, step %ld", r.loss,
-          m.step);
-    check(memcmp(before, m.params, sizeof(float) * (size_t)m.num_params) == 0, "a step on NaN changes parameters");
+    check(isnan(r.loss) && r.bad && m.step == 3 && m.sequence == sequence, "a step on NaN: loss %g, step %ld",
+          r.loss, m.step);
+    check(memcmp(before, m.params, sizeof(float) * (size_t)m.num_params) == 0,
+          "a step on NaN changes parameters");
     free(before), GPU.close(&m), model_free(&m), forget(&tokens);
 }
 
-// A head whose logits exist for 24 rows at a time: what is before it is the same bits, its own gradient is added
-// up in another order.
+// A head whose logits exist for 24 rows at a time: what is before it is the same bits, its own gradient is
+// added up in another order.
 static void test_head_in_pieces(void) {
     Tokens tokens[2];
     Model m[2];
@@ -1615,7 +1619,8 @@ static void test_head_in_pieces(void) {
     head_rows = 8192;
     check(loss[0] == loss[1], "a head in pieces: loss %.9g, in one %.9g", loss[1], loss[0]);
     const Tensor* head = tensor(&m[0], 0, HEAD);
-    check(memcmp(grads[0], grads[1], sizeof(float) * (size_t)head->offset) == 0, "a head in pieces: gradients");
+    check(memcmp(grads[0], grads[1], sizeof(float) * (size_t)head->offset) == 0,
+          "a head in pieces: gradients");
     check_below(distance(grads[1] + head->offset, grads[0] + head->offset, head->rows * head->cols), 1e-5,
                 "a head in pieces:", "its gradient");
     for (int i = 0; i < 2; i++) model_free(&m[i]), forget(&tokens[i]);
@@ -1709,7 +1714,8 @@ static const struct { const char* name; void (*test)(void); int cpu_only; } TEST
     CPU_TEST(dump), TEST(unit_scale), CPU_TEST(attention_variance), TEST(training), TEST(command_line),
     TEST(bad_files), TEST(checkpoints),
 #ifdef US_CUDA
-    TEST(step_by_step), TEST(overlay), TEST(same_bits), TEST(next), TEST(head_in_pieces), TEST(not_finite), TEST(changing_devices), TEST(gpu_limits),
+    TEST(step_by_step), TEST(overlay), TEST(same_bits), TEST(next), TEST(head_in_pieces), TEST(not_finite),
+    TEST(changing_devices), TEST(gpu_limits),
 #endif
 };
 

@@ -1030,7 +1030,8 @@ static void lion_update(float* w, float* m, const float* g, long n, float lr, fl
     #pragma omp parallel for simd schedule(static)
     for (long i = 0; i < n; i++) w[i] = lion(w[i], &m[i], g[i], lr, decay);
 }
-static void adamw_update(float* w, float* m, float* v, const float* g, long n, float lr, float decay, Rates r) {
+static void adamw_update(float* w, float* m, float* v, const float* g, long n, float lr, float decay,
+                         Rates r) {
     #pragma omp parallel for simd schedule(static)
     for (long i = 0; i < n; i++) w[i] = adamw(w[i], &m[i], &v[i], g[i], lr, decay, r);
 }
@@ -1756,8 +1757,8 @@ static void cpu_describe(const Model* m) {
            n * (m->v ? 16e-6 : 12e-6), floats_kept * 4e-6);
 }
 __attribute__((unused)) static const Device CPU = {
-    "CPU", model_alloc_buffers, cpu_nothing, cpu_describe, cpu_step, cpu_loss, cpu_trace, cpu_update, cpu_next,
-    cpu_nothing, cpu_utilisation};
+    "CPU", model_alloc_buffers, cpu_nothing, cpu_describe, cpu_step, cpu_loss, cpu_trace, cpu_update,
+    cpu_next, cpu_nothing, cpu_utilisation};
 
 // Writes the first step, every tensor of it, for a look from Python (dev/reference.py checks it).
 static void dump(Model* m, const Device* device, const Split* train) {

@@ -1,9 +1,9 @@
 /*
 train_us.cu: µnit Scaling on a GPU, the same program as train_us.c with its arithmetic in CUDA.
 
-Everything that is not arithmetic (settings, data, checkpoints, random numbers, command line, log) is train_us.c
-itself, which this file includes: a run started on one continues on the other. What is here: the kernels, the
-matmuls through cuBLASLt, and the training step.
+Everything that is not arithmetic (settings, data, checkpoints, random numbers, command line, log) is
+train_us.c itself, which this file includes: a run started on one continues on the other. What is here: the
+kernels, the matmuls through cuBLASLt, and the training step.
 
 Data flow ([µS] 3, fig. 1). With static scaling no tensor is looked at before it is cast, so there is no cast
 kernel: whoever computes a tensor also writes its FP8 codes, once row by row and once transposed, as the FP8
@@ -18,8 +18,8 @@ tensor cores want the summed dimension contiguous in both operands.
   gradient at qkv              attention_backward             E5M2, E5M2 transposed
   weights                      update                         FP32, E4M3, E4M3 transposed
 
-Kernels are templates of one parameter, the stream's format S: bf16, or float for --precision fp32. No float is
-ever added atomically: the same run gives the same bits.
+Kernels are templates of one parameter, the stream's format S: bf16, or float for --precision fp32. No float
+is ever added atomically: the same run gives the same bits.
 
   make train_us_cuda && ./train_us_cuda --input FILE       needs the CUDA Toolkit
   make train_us_emu && ./train_us_emu --input FILE         the same source on a CPU (dev/emu)
@@ -40,7 +40,7 @@ ever added atomically: the same run gives the same bits.
 typedef __nv_bfloat16 bf16;
 typedef uint8_t fp8;  // the code of an E4M3 or E5M2 value
 
-// ---- Errors ------------------------------------------------------------------------------------------------
+// ---- Errors -----------------------------------------------------------------------------------------------
 static void cuda_check(cudaError_t e, const char* what, const char* file, int line) {
     if (e == cudaSuccess) return;
     const char* hint = e == cudaErrorMemoryAllocation ? "; lower --batch, or use --recompute" : "";
@@ -68,7 +68,7 @@ static void launched(const char* name) {
     profile->name[profile->n++] = name;
 }
 
-// ---- Sixteen bytes at a time, and tiles -------------------------------------------------------------------
+// ---- Sixteen bytes at a time, and tiles ------------------------------------------------------------------
 // As much as one load or store moves: 8 bf16 or 4 floats.
 template <class S> struct alignas(16) Pack {
     enum { N = 16 / sizeof(S) };
@@ -89,7 +89,8 @@ __device__ static inline uint32_t to_fp8x2(float x, float y, Format format) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 890
     return fp8_encode(x, format) | (uint32_t)fp8_encode(y, format) << 8;
 #else
-    return __nv_cvt_float2_to_fp8x2(make_float2(x, y), __NV_SATFINITE, format == E4M3 ? __NV_E4M3 : __NV_E5M2);
+    const __nv_fp8_interpretation_t as = format == E4M3 ? __NV_E4M3 : __NV_E5M2;
+    return __nv_cvt_float2_to_fp8x2(make_float2(x, y), __NV_SATFINITE, as);
 #endif
 }
 // Values as 16-byte stores. (Told to store a Pack, nvcc may still store value by value.)
@@ -98,7 +99,8 @@ __device__ static inline void store_fp8(fp8* p, const float* v, Format format) {
     uint32_t word[4];
     #pragma unroll
     for (int i = 0; i < 4; i++)
-        word[i] = to_fp8x2(v[4 * i], v[4 * i + 1], format) | to_fp8x2(v[4 * i + 2], v[4 * i + 3], format) << 16;
+        word[i] = to_fp8x2(v[4 * i], v[4 * i + 1], format) |
+                  to_fp8x2(v[4 * i + 2], v[4 * i + 3], format) << 16;
     store_bits(p, make_uint4(word[0], word[1], word[2], word[3]));
 }
 template <class S> __device__ static inline void store16(S* p, const float* v) {
@@ -121,7 +123,8 @@ template <class S> __device__ static inline void load16(float* v, const S* p) {
     }
 }
 
-// Most kernels work on tiles of TILE x TILE, a block of THREADS on each: four threads a row, 16 values a thread.
+// Most kernels work on tiles of TILE x TILE, a block of THREADS on each: four threads a row, 16 values a
+// thread.
 enum { TILE = 64, THREADS = 256 };
 
 // Writes a tile that the block has put into shared memory, its value (r, c) at tile[r * stride + c], to rows
@@ -182,7 +185,7 @@ static dim3 tiles(long rows, long cols) {
     return dim3((unsigned)div_up(cols, TILE), (unsigned)div_up(rows, TILE));
 }
 
-// ---- Embedding ---------------------------------------------------------------------------------------------
+// ---- Embedding --------------------------------------------------------------------------------------------
 // x = scale (wte[token] + wpe[position]); the rows are rounded as they are read.
 template <class S> static __global__ void __launch_bounds__(THREADS)
 embedding_forward_kernel(Dest<S> x, const int* tokens, const float* wte, const float* wpe, float scale,
@@ -249,7 +252,7 @@ position_backward_kernel(float* dwpe, const S* dx, float scale, long B, long T, 
     store16(dwpe + at, sum);
 }
 
-// ---- LayerNorm with the weighted residual ------------------------------------------------------------------
+// ---- LayerNorm with the weighted residual -----------------------------------------------------------------
 // out = a skip + b LN(x), LN(x) = (x - mean) rstd gain + bias ([µS] eq. 11); skip = NULL: b LN(x).
 // With `add` x is first replaced by a x + b add and that is kept in `sum`: the residual sum of a scheme whose
 // branches begin with their LayerNorm. A block has TILE rows, four threads a row.
@@ -301,7 +304,7 @@ norm_forward_kernel(Dest<S> out, float* mean, float* rstd, S* sum, const S* x, c
 // The two places of a LayerNorm in a branch differ in where the stream's gradient goes:
 //   last (us)   dx = a dskip + dout is the stream's gradient, kept in `sum`; out = LN'(b dx), into the branch
 //   first (sp)  out = a dskip + LN'(dout), which is the stream's gradient and the next branch's too
-// dskip = NULL: no such term. partial: what this block's rows add to dgain and dbias, in rows of 16 rows each.
+// dskip = NULL: no such term. partial: what this block's rows add to dgain and dbias, 16 rows in one.
 template <class S> static __global__ void __launch_bounds__(THREADS)
 norm_backward_kernel(Dest<S> out, S* sum, float* partial, const S* dout, const S* dskip, const S* x,
                      const float* mean, const float* rstd, const float* gain, float a, float b, int last,
@@ -397,7 +400,7 @@ weighted_sum_kernel(Dest<S> out, float a, const S* x, float b, const S* y, long 
     put_tile(out, tile, STRIDE, row0, col0, (int)min(N - row0, (long)TILE), (int)min(C - col0, (long)TILE));
 }
 
-// ---- Activation --------------------------------------------------------------------------------------------
+// ---- Activation -------------------------------------------------------------------------------------------
 // g = activation(h), or with `dg` dh = dg * activation'(h), rounded as one product.
 template <class S> static __global__ void __launch_bounds__(THREADS)
 activation_kernel(Dest<S> out, const S* h, const S* dg, Activation kind, long N, long W) {
@@ -417,7 +420,7 @@ activation_kernel(Dest<S> out, const S* h, const S* dg, Activation kind, long N,
     put_tile(out, tile, STRIDE, row0, col0, (int)min(N - row0, (long)TILE), (int)min(W - col0, (long)TILE));
 }
 
-// ---- Attention --------------------------------------------------------------------------------------------
+// ---- Attention -------------------------------------------------------------------------------------------
 // FlashAttention-2 (Dao 2023, arXiv 2307.08691): no T x T matrix is ever stored. A block of threads keeps 64
 // rows of one head on chip and walks over the tiles of the other side.
 //   forward   S = Q K^T, P = softmax(S / sqrt(D)), Y = P V, with a running maximum and sum for the softmax.
@@ -432,9 +435,9 @@ static const float LOG2E = 1.44269504f;
 // ---- Attention on tensor cores: BF16, D = 32, 64 or 128
 // 128 threads are 4 warps of 16 rows each. Tiles of the other side come by cp.async into two buffers: one
 // fills while the other is in use. A row of a tile is D/8 chunks of 16 bytes, and chunk c of row r lies at
-// place c ^ (r % 8): the eight rows that ldmatrix reads at once are in different banks (of D = 32, two rows fill
-// all banks: c ^ (r / 2 % 4)). Loops over fragments have constant bounds: nvcc unrolls them and the arrays are
-// registers (-Xptxas -v: no stack frame).
+// place c ^ (r % 8): the eight rows that ldmatrix reads at once are in different banks (of D = 32, two rows
+// fill all banks: c ^ (r / 2 % 4)). Loops over fragments have constant bounds: nvcc unrolls them and the
+// arrays are registers (-Xptxas -v: no stack frame).
 enum { MMA_THREADS = 128, ROWS = 64 };
 
 // Each PTX instruction has one wrapper; without nvcc the emulator stands in for it.
@@ -833,8 +836,9 @@ static void backward_mma(Dest<bf16> dqkv, const bf16* dy, const bf16* qkv, const
     const dim3 grid(div_up(T, ROWS), C / D, B);
     const int bytes = Backward<D>::BYTES;
     const float scale = 1.0f / sqrtf(D);
-    CUDA(cudaFuncSetAttribute(attention_backward_kv_mma<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-    CUDA(cudaFuncSetAttribute(attention_backward_q_mma<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    const cudaFuncAttribute most = cudaFuncAttributeMaxDynamicSharedMemorySize;
+    CUDA(cudaFuncSetAttribute(attention_backward_kv_mma<D>, most, bytes));
+    CUDA(cudaFuncSetAttribute(attention_backward_q_mma<D>, most, bytes));
     attention_backward_kv_mma<D><<<grid, MMA_THREADS, bytes, s>>>(dqkv, dy, qkv, lse, delta, T, C, scale);
     launched("attention backward, dK and dV");
     attention_backward_q_mma<D><<<grid, MMA_THREADS, bytes, s>>>(dqkv, dy, qkv, lse, delta, T, C, scale);
@@ -874,7 +878,7 @@ static void attention_backward_gpu(Dest<S> dqkv, float* delta, const S* dy, cons
     attention_backward_plain<S><<<dim3(T, H, B), 32, 0, s>>>(dqkv, dy, qkv, lse, delta, T, D, scale);
     launched("attention backward");
 }
-// ---- Loss --------------------------------------------------------------------------------------------------
+// ---- Loss -------------------------------------------------------------------------------------------------
 // Cross-entropy of a row of logits, a block a row; with want_gradient the logits become their own gradient,
 // scale (softmax - onehot) and zero in the padded columns V..Vp-1. See loss_forward_backward on scale.
 template <class S> static __global__ void __launch_bounds__(512)
@@ -911,7 +915,7 @@ loss_kernel(float* losses, S* logits, const int* targets, int want_gradient, flo
     }
 }
 
-// ---- What a step comes to ----------------------------------------------------------------------------------
+// ---- What a step comes to ---------------------------------------------------------------------------------
 // The one struct that goes back to the host each step.
 typedef struct { double loss, norm2; int bad, stop; } Result;  // bad: first tensor not finite, or -1
 
@@ -959,7 +963,7 @@ result_kernel(Result* r, const double* sums, const Chunk* chunks, int n) {
     r->stop = r->bad >= 0 || !isfinite(r->loss);
 }
 
-// ---- Optimizer ---------------------------------------------------------------------------------------------
+// ---- Optimizer --------------------------------------------------------------------------------------------
 // One step of a tensor (rows, cols), and the copies of it that the matmuls read. lr_factor < 0: only the
 // copies. A step that is not finite changes nothing.
 template <class S> static __global__ void __launch_bounds__(THREADS)
@@ -994,7 +998,7 @@ update_kernel(Dest<S> copy, float* w, float* m, float* v, const float* g, const 
              (int)min(cols - col0, (long)TILE));
 }
 
-// ---- Unit-scale statistics ---------------------------------------------------------------------------------
+// ---- Unit-scale statistics --------------------------------------------------------------------------------
 // As stat_measure: of the BF16 values, and of what a cast to `format` would make of them. A block a part.
 template <class S> static __global__ void __launch_bounds__(THREADS)
 stat_kernel(StatSums* sums, const S* x, long n, int bf16_first, Format format) {
@@ -1031,7 +1035,7 @@ decode_kernel(bf16* out, const fp8* codes, Format format, long n) {
     if (i < n) out[i] = (bf16)fp8_decode(codes[i], format);
 }
 
-// ---- Matmul by cuBLASLt ------------------------------------------------------------------------------------
+// ---- Matmul by cuBLASLt -----------------------------------------------------------------------------------
 // As in train_us.c: out[i*ld + j] (+)= alpha * sum over k of a(i,k) b(j,k). An operand is stored with k
 // contiguous or with i (j); FP8 has to have k contiguous in both, and has alpha as its only scale: no scale
 // pointer is ever set ([µS] 3: that is the point).
@@ -1123,8 +1127,9 @@ static void gemm(const char* name, void* out, cudaDataType_t type, long ld, Side
     const uintptr_t bits = (uintptr_t)a.p | (uintptr_t)b.p | (uintptr_t)out | 256;
     Shape s;
     memset(&s, 0, sizeof s);  // for memcmp: padding too
-    s.M = M, s.N = N, s.K = K, s.ld_a = a.ld, s.ld_b = b.ld, s.ld = ld, s.k_a = a.k_contiguous;
-    s.k_b = b.k_contiguous, s.type_a = a.type, s.type_b = b.type, s.type = type, s.fast = fast && bytes_of(a.type) == 1, s.add = add;
+    s.M = M, s.N = N, s.K = K, s.ld_a = a.ld, s.ld_b = b.ld, s.ld = ld, s.add = add;
+    s.k_a = a.k_contiguous, s.k_b = b.k_contiguous, s.type_a = a.type, s.type_b = b.type, s.type = type;
+    s.fast = fast && bytes_of(a.type) == 1;
     s.align = (int)(bits & -bits);
     const Product* p = product_of(&s);
     const float beta = (float)add;
@@ -1133,7 +1138,7 @@ static void gemm(const char* name, void* out, cudaDataType_t type, long ld, Side
     launched(name);
 }
 
-// ---- The model on the GPU ----------------------------------------------------------------------------------
+// ---- The model on the GPU ---------------------------------------------------------------------------------
 // Device memory. The buffers are train_us.c's, in the stream's format; of the inputs of the four linears of a
 // block the FP8 mode keeps the transposed codes instead (backward needs no others).
 enum { LINEARS = 4, MAX_LAYERS = 1000 };
@@ -1145,12 +1150,12 @@ static struct {
     float *params, *grads, *m, *v;          // as in Model
     fp8 *w, *wt;                            // E4M3 codes of the blocks' tensors, at the tensors' offsets
     void *w16, *head;                       // BF16 copies: of the blocks' tensors unless FP8, of the head
-    void* act[BUFFERS][MAX_LAYERS];         // forward's buffers and backward's, see buffer_place
+    void* act[BUFFERS][MAX_LAYERS];         // forward's buffers and backward's, see buffers_of
     fp8* xt[LINEARS][MAX_LAYERS];           // (I,Np) codes of a linear's input
-    fp8 *x, *dy, *dyt;  // codes of one linear's input, of one output gradient: (N,4C), (4C,Np)
+    fp8 *x, *dy, *dyt;                      // codes of one linear's input (N,4C) and gradient, (4C,Np)
     float *lse[MAX_LAYERS], *delta;         // (B,H,T) of attention
     float* partial;                         // of dgain and dbias
-    int *batch, *staged[2];  // tokens, targets, order, starts: on the GPU, and host copies of a step
+    int *batch, *staged[2];                 // tokens, targets, order, starts: on the GPU; a step's, on the host
     double* sums;                           // a chunk's sum of squares
     Chunk* chunks;
     int num_chunks;
@@ -1178,7 +1183,7 @@ static int buffers_of(const Model* m, int k) {
     if (k == A_NORM1 || k == A_NORM2) return us || gpu.is_fp8 ? 0 : per_block;
     if (k == A_G) return gpu.is_fp8 ? 0 : per_block;
     if (k == A_OUT || k == A_DOWN) return us ? per_block : 1;        // sp: used up by the residual sum
-    if (k == A_MID) return us && gpu.is_fp8 ? 1 : per_block;            // us: backward needs its codes only
+    if (k == A_MID) return us && gpu.is_fp8 ? 1 : per_block;         // us: backward needs its codes only
     if (k == A_X) return us && gpu.is_fp8 && !m->c.recompute ? 1 : per_block;
     return k == A_LOSSES ? 0 : per_block;
 }
@@ -1274,7 +1279,7 @@ static Side side(const void* p, long ld, int k_contiguous, cudaDataType_t type) 
     return s;
 }
 
-// ---- Looking at tensors ------------------------------------------------------------------------------------
+// ---- Looking at tensors -----------------------------------------------------------------------------------
 template <class S> static void fetch_floats(float* to, const S* from, long n) {
     S* host = (S*)alloc(sizeof(S) * (double)n);
     CUDA(cudaStreamSynchronize(stream));
@@ -1300,7 +1305,7 @@ template <class S> static void stat_gpu(Model* m, int row, const char* name, int
     stat_finish(stat_at(m, row, name, operand), gpu.host_stat, parts, n, f);
 }
 
-// ---- Forward -----------------------------------------------------------------------------------------------
+// ---- Forward ----------------------------------------------------------------------------------------------
 // Where results go. In FP8 a value in the stream's format is written only if something else reads it
 // (`always`) or somebody looks at it.
 template <class S> static Dest<S> value_only(S* value, long W, long N) {
@@ -1494,7 +1499,7 @@ template <class S> static void head_gpu(Model* m, long N, int want_gradient) {
     launched("loss");
 }
 
-// ---- Backward ----------------------------------------------------------------------------------------------
+// ---- Backward ---------------------------------------------------------------------------------------------
 template <class S>
 static void norm_backward_gpu(Model* m, int l, int branch, Dest<S> out, S* sum, const S* dout, const S* dskip,
                               const S* x, float b, int last, long N) {
@@ -1564,7 +1569,7 @@ template <class S> static void backward_gpu(Model* m, long B, long T) {
     launched("embedding backward");
 }
 
-// ---- A step ------------------------------------------------------------------------------------------------
+// ---- A step -----------------------------------------------------------------------------------------------
 template <class S> static void micro_gpu(Model* m) {  // one batch, from tokens to gradients
     forward_gpu<S>(m, m->c.batch, m->c.seq);
     head_gpu<S>(m, m->rows, 1);
@@ -1680,7 +1685,7 @@ template <class S> static StepResult step_gpu(Model* m, const Split* train, doub
     return result;
 }
 
-// ---- The device --------------------------------------------------------------------------------------------
+// ---- The device -------------------------------------------------------------------------------------------
 static int is_fp32(const Model* m) { return m->hidden->stream == FP32; }
 
 // FLOP/s of an n x n x n product, the best of a few: what this card can do, measured and not taken from a
@@ -1742,7 +1747,8 @@ static void gpu_open(Model* m) {
     if (m->c.width / m->c.heads > ATTENTION_MAX_D)
         die("--heads %d: on a GPU a head has at most %d of --width", m->c.heads, ATTENTION_MAX_D);
     if (m->c.batch > 65535 || m->rows > 65535L * TILE)
-        die("--batch %d of --seq %d is more than a grid of blocks can hold: use --accum", m->c.batch, m->c.seq);
+        die("--batch %d of --seq %d is more than a grid of blocks can hold: use --accum", m->c.batch,
+            m->c.seq);
     gpu.is_fp8 = m->hidden->operand == E4M3;
     gpu.native = sm >= 89;
     gpu.type = is_fp32(m) ? CUDA_R_32F : CUDA_R_16BF;

@@ -153,8 +153,8 @@ int main(int argc, char** argv) {
     CUDA(cudaFree(lt.workspace));
     gpu_close(NULL);
     printf("## Speed on %s, %s, CUDA %d.%d\n\n", card.name, date, runtime / 1000, runtime % 1000 / 10);
-    printf("Ceilings measured in this run: copy %.2f TB/s, %ld^3 products %.0f TFLOP/s in BF16", bandwidth * 1e-12,
-           n, bf16_rate * 1e-12);
+    printf("Ceilings measured in this run: copy %.2f TB/s, %ld^3 products %.0f TFLOP/s in BF16",
+           bandwidth * 1e-12, n, bf16_rate * 1e-12);
     if (native) printf(", %.0f in FP8 (fast accumulation)", fp8_rate * 1e-12);
     printf(". %ld tokens a step.\n", step_tokens);
 

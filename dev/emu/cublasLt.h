@@ -13,7 +13,8 @@ enum cublasLtMatmulDescAttributes_t { CUBLASLT_MATMUL_DESC_TRANSA = 3, CUBLASLT_
     CUBLASLT_MATMUL_DESC_A_SCALE_POINTER = 17, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER = 18,
     CUBLASLT_MATMUL_DESC_FAST_ACCUM = 25 };
 enum cublasLtMatmulPreferenceAttributes_t { CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES = 1,
-    CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK = 3,    CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES = 5, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+    CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK = 3,
+    CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES = 5, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
     CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES };
 enum { CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE = 2 };
 struct emu_lt {                                      // a handle, descriptor, layout or preference
@@ -38,8 +39,10 @@ EMU_LT(Destroy(emu_lt *x), delete x)
 EMU_LT(MatmulPreferenceDestroy(emu_lt *x), delete x)
 EMU_LT(MatmulDescDestroy(emu_lt *x), delete x)
 EMU_LT(MatrixLayoutDestroy(emu_lt *x), delete x)
-EMU_LT(MatmulPreferenceSetAttribute(emu_lt *x, cublasLtMatmulPreferenceAttributes_t a, const void *p, size_t n), memcpy(&x->set[a], p, n))
-EMU_LT(MatmulDescSetAttribute(emu_lt *x, cublasLtMatmulDescAttributes_t a, const void *p, size_t n), memcpy(&x->set[a], p, n))
+EMU_LT(MatmulPreferenceSetAttribute(emu_lt *x, cublasLtMatmulPreferenceAttributes_t a, const void *p,
+                                    size_t n), memcpy(&x->set[a], p, n))
+EMU_LT(MatmulDescSetAttribute(emu_lt *x, cublasLtMatmulDescAttributes_t a, const void *p, size_t n),
+       memcpy(&x->set[a], p, n))
 
 namespace emu {
 struct Problem {                                     // column-major: D (m,n) = alpha A (m,k) B (k,n) + beta C

@@ -223,8 +223,10 @@ bool in_shared(const void *p, size_t bytes) {
 }
 // The bytes may arrive any time from here to the wait: what was there is lost, what will be is not there yet.
 void cp_async(void *to, const void *from, int bytes, int valid) {
-    if (((uintptr_t)to | (uintptr_t)from) % bytes || !in_shared(to, bytes) || (valid && !on_device(from, valid)))
-        EMU_FAIL("cp.async from %p to %p: not %d aligned bytes of device and of shared memory", from, to, bytes);
+    const bool aligned = ((uintptr_t)to | (uintptr_t)from) % bytes == 0;
+    if (!aligned || !in_shared(to, bytes) || (valid && !on_device(from, valid)))
+        EMU_FAIL("cp.async from %p to %p: not %d aligned bytes of device and of shared memory", from, to,
+                 bytes);
     b->self->copies.push_back({to, from, bytes, valid, b->self->groups, __builtin_return_address(0)});
     if (note_access) note_access(to, bytes, WRITE, __builtin_return_address(0));
     memset(to, 0xFF, bytes);
@@ -237,7 +239,9 @@ void cp_async_wait(int groups) {
         const Copy &c = copies[done];
         memset(c.to, 0, c.bytes);
         memmove(c.to, c.from, c.valid);
-        if (note_access) note_access(c.to, c.bytes, WRITE, c.code), note_access(c.from, c.valid, READ, c.code);
+        if (!note_access) continue;
+        note_access(c.to, c.bytes, WRITE, c.code);
+        note_access(c.from, c.valid, READ, c.code);
     }
     copies.erase(copies.begin(), copies.begin() + done);
 }
