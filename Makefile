@@ -113,6 +113,7 @@ test: test_us test_us_emu
 	./test_us
 	OMP_NUM_THREADS=1 ./test_us_emu
 	OMP_NUM_THREADS=1 EMU_SEED=1 ./test_us_emu step_by_step
+	OMP_NUM_THREADS=1 EMU_FP8_SUMS=1 ./test_us_emu oracle step_by_step
 	@if command -v nvidia-smi >/dev/null && nvidia-smi -L | grep -q GPU; then $(MAKE) test_us_cuda && ./test_us_cuda; \
 	else echo "no GPU here: the CUDA source was tested on the emulator only"; fi
 

@@ -85,13 +85,38 @@ inline std::vector<float> decode(const void *p, const emu_lt &l) {   // tight, i
                                                                       : fp8[((const uint8_t *)p)[i]];
     return values;
 }
+// A sum as Hopper's FP8 tensor cores are reported to make it: 32 products and what is there already are
+// aligned to the largest, cut after 13 bits of fraction and added; without fast accumulation only 128 products
+// at a time (DeepSeek-V3, arXiv 2412.19437, 3.3.2: about 14 bits). EMU_FP8_SUMS=1 asks for it: the tests'
+// bounds for a GPU are tried so.
+inline float cut(double x, int exponent) {
+    return (float)ldexp(trunc(ldexp(x, 13 - exponent)), exponent - 13);
+}
+inline float tensor_core_sum(const float *x, const float *y, long k, bool fast) {
+    float total = 0, sum = 0;
+    for (long k0 = 0; k0 < k; k0 += 32) {
+        int top = sum != 0 ? ilogbf(sum) : -200;
+        for (long i = k0; i < k && i < k0 + 32; i++)
+            if (x[i] * y[i] != 0) top = std::max(top, ilogbf(x[i]) + ilogbf(y[i]));
+        double exact = cut(sum, top);
+        for (long i = k0; i < k && i < k0 + 32; i++) exact += cut((double)x[i] * y[i], top);
+        sum = exact != 0 ? cut(exact, ilogb(exact)) : 0;
+        if (!fast && k0 / 32 % 4 == 3) total += sum, sum = 0;
+    }
+    return total + sum;
+}
 inline void multiply(const Problem &p, float alpha, float beta, const void *A, const void *B, const void *C,
         void *D) {
     const std::vector<float> a = decode(A, p.A), b = decode(B, p.B);
     std::vector<float> d = beta != 0 ? decode(C, p.C) : std::vector<float>(p.m * p.n);
     for (float &x : d) x *= beta;
     for (const float *scale : p.scales) if (scale) alpha *= *scale;
-    matmul(d.data(), p.m, view(b.data(), p.tb ? 1 : p.k, p.tb ? p.n : 1, FP32),     // by rows: D^T = B^T A^T
+    if (p.A.size() == 1 && getenv("EMU_FP8_SUMS")) {
+        const bool fast = p.d.set[CUBLASLT_MATMUL_DESC_FAST_ACCUM];
+        #pragma omp parallel for
+        for (long j = 0; j < p.n; j++) for (long i = 0; i < p.m; i++)
+            d[j * p.m + i] += alpha * tensor_core_sum(&a[i * p.k], &b[j * p.k], p.k, fast);
+    } else matmul(d.data(), p.m, view(b.data(), p.tb ? 1 : p.k, p.tb ? p.n : 1, FP32),   // D^T = B^T A^T
            view(a.data(), p.ta ? p.k : 1, p.ta ? 1 : p.m, FP32), p.n, p.m, p.k, alpha, 1, FP32);
     for (long j = 0; j < p.n; j++) for (long i = 0; i < p.m; i++)
         if (p.D.size() == 4) ((float *)D)[j * p.D.ld + i] = d[j * p.m + i];
