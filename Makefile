@@ -29,8 +29,11 @@ BUILD   = $(CC) -std=gnu11 $(CFLAGS) $(FLOATS) $(WARN) $(OMP)
 all: train_us
 
 # Another compiler or other flags than last time: build again.
-.flags: FORCE
-	@echo '$(BUILD)' | cmp -s - $@ || echo '$(BUILD)' >$@
+.flags:      WITH = $(BUILD)
+.flags_cuda: WITH = $(CUDA)
+.flags_emu:  WITH = $(CPP) $(EMU_O)
+.flags .flags_cuda .flags_emu: FORCE
+	@echo '$(WITH)' | cmp -s - $@ || echo '$(WITH)' >$@
 
 train_us: train_us.c .flags
 	$(BUILD) train_us.c -o $@ -lm
@@ -49,7 +52,7 @@ space := $(subst ,, )
 # (nvcc hands its host compiler other text than ours: parentheses gone, lifetimes hidden.)
 HOST   = -O3 $(NATIVE) $(FLOATS) $(WARN) -Wno-unused-function -Wno-parentheses -Wno-dangling-pointer -fopenmp
 CUDA   = $(NVCC) -std=c++17 -O3 -arch=$(ARCH) $(if $(WERROR),-Werror all-warnings) -Xcompiler $(subst $(space),$(comma),$(strip $(HOST)))
-GPU    = train_us.cu train_us.c
+GPU    = train_us.cu train_us.c .flags_cuda
 
 train_us_cuda: $(GPU)
 	$(CUDA) train_us.cu -o $@ -lcublasLt
@@ -64,7 +67,7 @@ gpu:
 	dev/gpu.sh
 
 # ---- The same source on a CPU: sed makes C++ of it, dev/emu has what the CUDA Toolkit has.
-EMU   := $(wildcard dev/emu/*.cpp dev/emu/*.h)
+EMU   := $(wildcard dev/emu/*.cpp dev/emu/*.h) .flags_emu
 CPP    = $(CXX) -std=gnu++17 -g $(NATIVE) $(FLOATS) $(WARN) -Wno-unused-function $(OMP) -Idev/emu -I.
 EMU_O ?= -O2
 
@@ -72,7 +75,7 @@ out/%.cpp: %.cu dev/emu/cuda.sed
 	@mkdir -p $(@D)
 	(echo '#line 1 "$<"'; sed -E -f dev/emu/cuda.sed $<) >$@
 
-out/emu.o: dev/emu/emu.cpp $(EMU) .flags
+out/emu.o: dev/emu/emu.cpp $(EMU)
 	@mkdir -p $(@D)
 	$(CPP) -O2 -c dev/emu/emu.cpp -o $@
 
@@ -106,7 +109,7 @@ out/test_emu%: out/dev/emu/test_emu.cpp out/emu.o train_us.c $(EMU)
 	$(CPP) -O2 out/test_emu_race.o out/emu.o dev/emu/race.cpp -o out/test_emu_race
 test_emu: out/test_emu_race
 	out/test_emu && out/test_emu_asan && out/test_emu_race
-	EMU_SEED=1 out/test_emu none >out/test_emu.txt || { cat out/test_emu.txt; exit 1; }
+	EMU_SEED=1 out/test_emu none >out/test_emu.txt 2>&1 || { cat out/test_emu.txt; exit 1; }
 
 # ---- Tests
 test: test_us test_us_emu
@@ -143,7 +146,7 @@ sanitize_emu: test_us_emu_asan test_us_emu_race
 
 clean:
 	rm -rf train_us train_us_emu train_us_cuda test_us test_us_sanitized test_us_emu test_us_emu_asan \
-	  test_us_emu_race test_us_cuda bench_us bench_gpu out .flags
+	  test_us_emu_race test_us_cuda test_us_plain bench_us bench_gpu out .flags .flags_cuda .flags_emu
 
 .PHONY: all test test_emu train bench mutants sanitize sanitize_emu gpu bench_gpu_emu clean FORCE
 .SECONDARY:

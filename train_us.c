@@ -1509,7 +1509,7 @@ static const Option OPTIONS[] = {
     {"precision", "fp8", "fp32|bf16|fp8", "is", AT(precision), 0, 0,
      "number formats of the matmuls and between them"},
     {"recompute", "", 0, "b", AT(recompute), 0, 1,
-     "less memory: compute each block again in backward instead of keeping it"},
+     "less memory: compute each block again in backward instead of keeping it (--resume: say it again)"},
     {"seed", "1", 0, "us", AT(seed), 0, 0x1p64, "of weights, batches and samples"},
     {NULL, "", 0, "", 0, 0, 0, "Reports, every N steps (0: never)"},
     {"eval-every", "100", 0, "is", AT(eval_every), 0, 1e9, "validation loss"},
@@ -1769,6 +1769,7 @@ static void dump(Model* m, const Device* device, const Split* train) {
     for (long n = 0; n < m->rows; n++)
         memcpy(logits + n * V, buffer(m, 0, A_LOGITS, n), sizeof(float) * (size_t)V);
     archive_config(&a, m);
+    archive_meta(&a, "device", device->name);
     archive_add(&a, "tokens", "I32", m->inputs, B, T, 0);
     archive_add(&a, "targets", "I32", m->targets, B, T, 0);
     archive_add(&a, "loss", "F32", &loss, 1, 0, 0);

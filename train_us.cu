@@ -34,6 +34,9 @@ is ever added atomically: the same run gives the same bits.
 #include <cuda_fp8.h>
 #include <cublasLt.h>
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#error compute capability 8.0 is needed; where no GPU is found, name one: make train_us_cuda ARCH=sm_90
+#endif
 #define US_CUDA        // for the tests: there is a GPU,
 #define US_DEVICE GPU  // and this is it
 
@@ -1762,10 +1765,10 @@ static void gpu_open(Model* m) {
     if (wanted > usable) {
         const int kept_all = largest_batch(m, usable, 0), recomputed = largest_batch(m, usable, 1);
         if (recomputed == 0)
-            die("%.2f GB of GPU memory wanted, %.2f are free: not even --batch 1 --recompute fits",
-                wanted * 1e-9, usable * 1e-9);
-        die("%.2f GB of GPU memory wanted, %.2f are free: the largest that fits is %s--batch %d --recompute",
-            wanted * 1e-9, usable * 1e-9, kept_all ? form("--batch %d, or ", kept_all) : "", recomputed);
+            die("%.0f MB of GPU memory wanted, %.0f are free: not even --batch 1 --recompute fits",
+                wanted * 1e-6, usable * 1e-6);
+        die("%.0f MB of GPU memory wanted, %.0f are free: the largest that fits is %s--batch %d --recompute",
+            wanted * 1e-6, usable * 1e-6, kept_all ? form("--batch %d, or ", kept_all) : "", recomputed);
     }
     CUDA(cudaMalloc(&lt.workspace, WORKSPACE));
     // Worth measuring where a step is: in a tiny one launches count, not FLOP.

@@ -7,6 +7,8 @@ if ! command -v nvidia-smi >/dev/null || ! card=$(nvidia-smi --query-gpu=name --
     echo "make gpu: no GPU is found here (nvidia-smi); make test_us_emu && ./test_us_emu tests the same source on a CPU"
     exit 1
 fi
+command -v nvcc >/dev/null || PATH=$PATH:/usr/local/cuda/bin
+command -v nvcc >/dev/null || { echo "make gpu: nvcc is not on PATH (the CUDA Toolkit puts it into its bin/)"; exit 1; }
 start=$SECONDS failed=0
 to=dev/results/$(echo "$card" | tr -cs 'A-Za-z0-9\n' '-')-$(date -u +%Y-%m-%d).md
 make -j4 train_us test_us_cuda train_us_cuda bench_gpu out/self.txt || exit 1
