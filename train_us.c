@@ -1509,7 +1509,7 @@ static const Option OPTIONS[] = {
     {"precision", "fp8", "fp32|bf16|fp8", "is", AT(precision), 0, 0,
      "number formats of the matmuls and between them"},
     {"recompute", "", 0, "b", AT(recompute), 0, 1,
-     "less memory: compute each block again in backward instead of keeping it (--resume: say it again)"},
+     "less memory: compute blocks again in backward (with --resume too: say it again)"},
     {"seed", "1", 0, "us", AT(seed), 0, 0x1p64, "of weights, batches and samples"},
     {NULL, "", 0, "", 0, 0, 0, "Reports, every N steps (0: never)"},
     {"eval-every", "100", 0, "is", AT(eval_every), 0, 1e9, "validation loss"},
