@@ -699,7 +699,7 @@ static double buffer_size(const Model* m, int kind) {
     return width * (double)m->rows * kept(m, kind);
 }
 
-// tau depends on depth only: 0.4 at L = 4, about 0.1 at L = 100 ([µS] 3.1, fig. 5, 9); the power law is OURS.
+// tau depends on depth only: 0.4 at L = 4, about 0.1 at L = 100 ([µS] 3.1, fig. 5, 9); the power is OURS.
 static float default_tau(int layers) { return fminf(0.4f, 0.4f * powf(4.0f / (float)layers, 0.43f)); }
 
 // Lays out a model for the settings c, with nothing allocated but its table.
@@ -919,7 +919,7 @@ static void model_forward(Model* m, long B, long t0, long T) {
     lap(LAP_NORM);
 }
 
-// logits = (1/C) LNf(x) W_head^T ([µS] table 2; sp: no 1/C) for N rows from `row`. W_head is not tied to wte.
+// logits = (1/C) LNf(x) W_head^T ([µS] table 2; sp: no 1/C) for N rows from `row`. Not tied to wte.
 static void model_logits(Model* m, long row, long N) {
     const Tensor* t = tensor(m, 0, HEAD);
     const long C = m->c.width, V = m->c.vocab;

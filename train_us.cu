@@ -164,6 +164,11 @@ __device__ static void put_tile(Dest<S> d, const S* tile, int stride, long row0,
 }
 
 enum { STRIDE = TILE + 2 };  // of a tile in shared memory: neither rows nor columns fall on one bank
+// The tile of the usual kernels: what of it lies within the first `rows` rows, and within d's columns.
+template <class S>
+__device__ static inline void put_tile(Dest<S> d, const S* tile, long row0, long col0, long rows) {
+    put_tile(d, tile, STRIDE, row0, col0, (int)min(rows - row0, (long)TILE), (int)min(d.W - col0, (long)TILE));
+}
 __device__ static inline int tile_row(void) { return (int)threadIdx.x / 4; }
 __device__ static inline int tile_col(void) { return (int)threadIdx.x % 4 * 16; }
 template <class S> __device__ static inline void fill_tile(S* tile, const float* v) {
@@ -182,6 +187,14 @@ template <class X> __device__ static inline X block_sum(X x, X* shared) {  // sh
     __syncthreads();
     x = 0;
     for (int i = 0; i < (int)blockDim.x / 32; i++) x += shared[i];
+    return x;
+}
+__device__ static inline float block_max(float x, float* shared) {
+    for (int i = 16; i; i /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, i));
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
+    __syncthreads();
+    for (int i = 0; i < (int)blockDim.x / 32; i++) x = fmaxf(x, shared[i]);
     return x;
 }
 static dim3 tiles(long rows, long cols) {
@@ -204,7 +217,7 @@ embedding_forward_kernel(Dest<S> x, const int* tokens, const float* wte, const f
     }
     __syncthreads();
     const long row0 = (long)blockIdx.y * TILE, col0 = (long)blockIdx.x * TILE;
-    put_tile(x, tile, STRIDE, row0, col0, (int)min(N - row0, (long)TILE), (int)min(C - col0, (long)TILE));
+    put_tile(x, tile, row0, col0, N);
 }
 
 // dwte[v] += scale * sum of dx over the rows whose token is v: order holds all rows, sorted by token, and
@@ -299,7 +312,7 @@ norm_forward_kernel(Dest<S> out, float* mean, float* rstd, S* sum, const S* x, c
             fill_tile(tile, v);
         }
         __syncthreads();
-        put_tile(out, tile, STRIDE, row0, c0, (int)min(N - row0, (long)TILE), (int)min(C - c0, (long)TILE));
+        put_tile(out, tile, row0, c0, N);
         __syncthreads();
     }
 }
@@ -363,8 +376,7 @@ norm_backward_kernel(Dest<S> out, S* sum, float* partial, const S* dout, const S
             for (int r = 0; r < 16; r++) total += columns[(16 * part + r) * (TILE + 1) + col];
             if (c0 + col < C) partial[(((long)blockIdx.x * 4 + part) * 2 + bias) * C + c0 + col] = total;
             if (!bias)
-                put_tile(out, tile, STRIDE, row0, c0, (int)min(N - row0, (long)TILE),
-                         (int)min(C - c0, (long)TILE));
+                put_tile(out, tile, row0, c0, N);
             __syncthreads();
         }
     }
@@ -400,7 +412,7 @@ weighted_sum_kernel(Dest<S> out, float a, const S* x, float b, const S* y, long 
         fill_tile(tile, v);
     }
     __syncthreads();
-    put_tile(out, tile, STRIDE, row0, col0, (int)min(N - row0, (long)TILE), (int)min(C - col0, (long)TILE));
+    put_tile(out, tile, row0, col0, N);
 }
 
 // ---- Activation -------------------------------------------------------------------------------------------
@@ -420,7 +432,7 @@ activation_kernel(Dest<S> out, const S* h, const S* dg, Activation kind, long N,
         fill_tile(tile, v);
     }
     __syncthreads();
-    put_tile(out, tile, STRIDE, row0, col0, (int)min(N - row0, (long)TILE), (int)min(W - col0, (long)TILE));
+    put_tile(out, tile, row0, col0, N);
 }
 
 // ---- Attention -------------------------------------------------------------------------------------------
@@ -858,8 +870,6 @@ static void attention_forward_gpu(Dest<S> y, float* lse, const S* qkv, long B, l
         if (D == 64) return forward_mma<64>(y, lse, qkv, B, T, C, s);
         if (D == 128) return forward_mma<128>(y, lse, qkv, B, T, C, s);
     }
-    if (D > ATTENTION_MAX_D)
-        die("heads of %ld values: the GPU has kernels for %d at most; use more heads", D, ATTENTION_MAX_D);
     attention_forward_plain<S><<<dim3(T, H, B), 32, 0, s>>>(y, lse, qkv, T, D, LOG2E / sqrtf(D));
     launched("attention forward");
 }
@@ -881,6 +891,7 @@ static void attention_backward_gpu(Dest<S> dqkv, float* delta, const S* dy, cons
     attention_backward_plain<S><<<dim3(T, H, B), 32, 0, s>>>(dqkv, dy, qkv, lse, delta, T, D, scale);
     launched("attention backward");
 }
+
 // ---- Loss -------------------------------------------------------------------------------------------------
 // Cross-entropy of a row of logits, a block a row; with want_gradient the logits become their own gradient,
 // scale (softmax - onehot) and zero in the padded columns V..Vp-1. See loss_forward_backward on scale.
@@ -899,11 +910,7 @@ loss_kernel(float* losses, S* logits, const int* targets, int want_gradient, flo
             sum += most == -INFINITY && (float)p.v[i] == most ? 0.0f : fast_exp((float)p.v[i] - most);
         max = most;
     }
-    float most = max;
-    for (int i = 16; i; i /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, i));
-    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = most;
-    __syncthreads();
-    for (int i = 0; i < (int)blockDim.x / 32; i++) most = fmaxf(most, shared[i]);
+    const float most = block_max(max, shared);
     sum = block_sum(max == most ? sum : sum * fast_exp(max - most), shared);
     if (threadIdx.x == 0) losses[blockIdx.x] = logf(sum) + most - (float)z[target];
     __syncthreads();  // the target's logit is read before anyone writes
@@ -997,8 +1004,7 @@ update_kernel(Dest<S> copy, float* w, float* m, float* v, const float* g, const 
     }
     if (!copy.out && !copy.q) return;  // the same for all threads
     __syncthreads();
-    put_tile(copy, tile, STRIDE, row0, col0, (int)min(rows - row0, (long)TILE),
-             (int)min(cols - col0, (long)TILE));
+    put_tile(copy, tile, row0, col0, rows);
 }
 
 // ---- Unit-scale statistics --------------------------------------------------------------------------------
@@ -1023,11 +1029,7 @@ stat_kernel(StatSums* sums, const S* x, long n, int bf16_first, Format format) {
     s.nonzero = block_sum(s.nonzero, shared);
     s.flushed = block_sum(s.flushed, shared);
     s.saturated = block_sum(s.saturated, shared);
-    for (int i = 16; i; i /= 2) s.max = fmaxf(s.max, __shfl_xor_sync(~0u, s.max, i));
-    __syncthreads();
-    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = s.max;
-    __syncthreads();
-    for (int i = 0; i < THREADS / 32; i++) s.max = fmaxf(s.max, shared[i]);
+    s.max = block_max(s.max, shared);
     if (threadIdx.x == 0) sums[blockIdx.x] = s;
 }
 
@@ -1158,7 +1160,7 @@ static struct {
     fp8 *x, *dy, *dyt;                      // codes of one linear's input (N,4C) and gradient, (4C,Np)
     float *lse[MAX_LAYERS], *delta;         // (B,H,T) of attention
     float* partial;                         // of dgain and dbias
-    int *batch, *staged[2];                 // tokens, targets, order, starts: on the GPU; a step's, on the host
+    int *batch, *staged[2];                 // tokens, targets, order, starts; a step's on the host
     double* sums;                           // a chunk's sum of squares
     Chunk* chunks;
     int num_chunks;

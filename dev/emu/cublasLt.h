@@ -86,9 +86,9 @@ inline std::vector<float> decode(const void *p, const emu_lt &l) {   // tight, i
     return values;
 }
 // A sum as Hopper's FP8 tensor cores are reported to make it: 32 products and what is there already are
-// aligned to the largest, cut after 13 bits of fraction and added; without fast accumulation only 128 products
-// at a time (DeepSeek-V3, arXiv 2412.19437, 3.3.2: about 14 bits). EMU_FP8_SUMS=1 asks for it: the tests'
-// bounds for a GPU are tried so.
+// aligned to the largest, cut after 13 bits of fraction and added; without fast accumulation only 128
+// products at a time (DeepSeek-V3, arXiv 2412.19437, 3.3.2: about 14 bits). EMU_FP8_SUMS=1 asks for it: the
+// tests' bounds for a GPU are tried so.
 inline float cut(double x, int exponent) {
     return (float)ldexp(trunc(ldexp(x, 13 - exponent)), exponent - 13);
 }
