@@ -167,7 +167,8 @@ enum { STRIDE = TILE + 2 };  // of a tile in shared memory: neither rows nor col
 // The tile of the usual kernels: what of it lies within the first `rows` rows, and within d's columns.
 template <class S>
 __device__ static inline void put_tile(Dest<S> d, const S* tile, long row0, long col0, long rows) {
-    put_tile(d, tile, STRIDE, row0, col0, (int)min(rows - row0, (long)TILE), (int)min(d.W - col0, (long)TILE));
+    put_tile(d, tile, STRIDE, row0, col0, (int)min(rows - row0, (long)TILE),
+             (int)min(d.W - col0, (long)TILE));
 }
 __device__ static inline int tile_row(void) { return (int)threadIdx.x / 4; }
 __device__ static inline int tile_col(void) { return (int)threadIdx.x % 4 * 16; }
@@ -266,6 +267,21 @@ position_backward_kernel(float* dwpe, const S* dx, float scale, long B, long T, 
         for (int k = 0; k < 16; k++) sum[k] += scale * v[k];
     }
     store16(dwpe + at, sum);
+}
+template <class S>
+static void launch_embedding_forward(Dest<S> x, const int* tokens, const float* wte, const float* wpe,
+                                     float scale, long N, long T, long C) {
+    embedding_forward_kernel<S><<<tiles(N, C), THREADS, 0, stream>>>(x, tokens, wte, wpe, scale, N, T, C);
+    launched("embedding forward");
+}
+template <class S>
+static void launch_embedding_backward(float* dwte, float* dwpe, const S* dx, const int* order,
+                                      const int* starts, float scale, long B, long T, long C, long V) {
+    embedding_backward_kernel<S><<<(unsigned)V, THREADS, 0, stream>>>(dwte, dx, order, starts, scale, C);
+    launched("embedding backward");
+    const unsigned blocks = (unsigned)div_up(T * C, 16 * THREADS);
+    position_backward_kernel<S><<<blocks, THREADS, 0, stream>>>(dwpe, dx, scale, B, T, C);
+    launched("embedding backward");
 }
 
 // ---- LayerNorm with the weighted residual -----------------------------------------------------------------
@@ -397,6 +413,28 @@ norm_parameters_kernel(float* dgain, float* dbias, const float* partial, long ro
     if (c < C) dgain[c] += sum;
     else dbias[c - C] += sum;
 }
+template <class S>
+static void launch_norm_forward(Dest<S> out, float* mean, float* rstd, S* sum, const S* x, const S* add,
+                                const S* skip, const float* gain, const float* bias, float a, float b, long N,
+                                long C) {
+    norm_forward_kernel<S><<<(unsigned)div_up(N, TILE), THREADS, 0, stream>>>(out, mean, rstd, sum, x, add,
+                                                                              skip, gain, bias, a, b, N, C);
+    launched("norm forward");
+}
+template <class S>
+static void launch_norm_backward(Dest<S> out, S* sum, float* dgain, float* dbias, float* partial,
+                                 const S* dout, const S* dskip, const S* x, const float* mean,
+                                 const float* rstd, const float* gain, float a, float b, int last, long N,
+                                 long C) {
+    const unsigned blocks = (unsigned)div_up(N, TILE);
+    norm_backward_kernel<S><<<blocks, THREADS, 0, stream>>>(out, sum, partial, dout, dskip, x, mean, rstd,
+                                                            gain, a, b, last, N, C);
+    launched("norm backward");
+    norm_parameters_kernel<<<(unsigned)div_up(2 * C, 32), THREADS, 0, stream>>>(dgain, dbias, partial,
+                                                                                4 * blocks, C);
+    launched("norm parameters");
+}
+
 // out = a x + b y, or a x where y is NULL: the gradient of the stream below all LayerNorms; and with a = 1
 // the codes of a stream whose block is computed again.
 template <class S> static __global__ void __launch_bounds__(THREADS)
@@ -413,6 +451,11 @@ weighted_sum_kernel(Dest<S> out, float a, const S* x, float b, const S* y, long 
     }
     __syncthreads();
     put_tile(out, tile, row0, col0, N);
+}
+template <class S>
+static void launch_weighted_sum(Dest<S> out, float a, const S* x, float b, const S* y, long N, long C) {
+    weighted_sum_kernel<S><<<tiles(N, C), THREADS, 0, stream>>>(out, a, x, b, y, N, C);
+    launched("weighted sum");
 }
 
 // ---- Activation -------------------------------------------------------------------------------------------
@@ -433,6 +476,11 @@ activation_kernel(Dest<S> out, const S* h, const S* dg, Activation kind, long N,
     }
     __syncthreads();
     put_tile(out, tile, row0, col0, N);
+}
+template <class S>
+static void launch_activation(Dest<S> out, const S* h, const S* dg, Activation kind, long N, long W) {
+    activation_kernel<S><<<tiles(N, W), THREADS, 0, stream>>>(out, h, dg, kind, N, W);
+    launched(dg ? "activation backward" : "activation forward");
 }
 
 // ---- Attention -------------------------------------------------------------------------------------------
@@ -924,6 +972,13 @@ loss_kernel(float* losses, S* logits, const int* targets, int want_gradient, flo
         *(Pack<S>*)(z + v) = p;
     }
 }
+template <class S>
+static void launch_loss(float* losses, S* logits, const int* targets, int want_gradient, float scale, long N,
+                        long V, long Vp) {
+    const int threads = (int)min_l(512, div_up(Vp, 32 * Pack<S>::N) * 32);
+    loss_kernel<S><<<(unsigned)N, threads, 0, stream>>>(losses, logits, targets, want_gradient, scale, V, Vp);
+    launched("loss");
+}
 
 // ---- What a step comes to ---------------------------------------------------------------------------------
 // The one struct that goes back to the host each step.
@@ -972,6 +1027,13 @@ result_kernel(Result* r, const double* sums, const Chunk* chunks, int n) {
     r->bad = bad == INT32_MAX ? -1 : bad;
     r->stop = r->bad >= 0 || !isfinite(r->loss);
 }
+// The sum of squares of all gradients, and what is not finite, into r.
+static void launch_gradient_norm(Result* r, double* sums, const float* grads, const Chunk* chunks, int n) {
+    norm_chunk_kernel<<<(unsigned)n, THREADS, 0, stream>>>(sums, grads, chunks);
+    launched("gradient norm");
+    result_kernel<<<1, THREADS, 0, stream>>>(r, sums, chunks, n);
+    launched("gradient norm");
+}
 
 // ---- Optimizer --------------------------------------------------------------------------------------------
 // One step of a tensor (rows, cols), and the copies of it that the matmuls read. lr_factor < 0: only the
@@ -1005,6 +1067,13 @@ update_kernel(Dest<S> copy, float* w, float* m, float* v, const float* g, const 
     if (!copy.out && !copy.q) return;  // the same for all threads
     __syncthreads();
     put_tile(copy, tile, row0, col0, rows);
+}
+template <class S>
+static void launch_update(Dest<S> copy, float* w, float* m, float* v, const float* g, const Rates* rates,
+                          const Result* result, float lr_factor, int decays, long rows, long cols) {
+    update_kernel<S><<<tiles(rows, cols), THREADS, 0, stream>>>(copy, w, m, v, g, rates, result, lr_factor,
+                                                                decays, rows, cols);
+    launched("update");
 }
 
 // ---- Unit-scale statistics --------------------------------------------------------------------------------
@@ -1070,8 +1139,35 @@ static cublasLtMatrixLayout_t layout(int type, long contiguous, long other, long
     LT(cublasLtMatrixLayoutCreate(&l, (cudaDataType_t)type, (uint64_t)contiguous, (uint64_t)other, ld));
     return l;
 }
+// How cuBLASLt would compute p: its first `most` proposals, best guess first; how many there are.
+static int proposals(const Product* p, cublasLtMatmulHeuristicResult_t* found, int most) {
+    const Shape* s = &p->shape;
+    const size_t workspace = WORKSPACE;
+    const uint32_t align = (uint32_t)s->align;
+    const uint32_t reduce = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;  // parts of a sum are added in FP32 only
+    const cublasLtMatmulPreferenceAttributes_t aligned[] = {
+        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES};
+    cublasLtMatmulPreference_t preference;
+    LT(cublasLtMatmulPreferenceCreate(&preference));
+    LT(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace,
+                                            sizeof workspace));
+    LT(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reduce,
+                                            sizeof reduce));
+    for (int i = 0; i < 4; i++)
+        LT(cublasLtMatmulPreferenceSetAttribute(preference, aligned[i], &align, sizeof align));
+    int n = 0;
+    cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(lt.handle, p->operation, p->b, p->a, p->out,
+                                                           p->out, preference, most, found, &n);
+    if (status != CUBLAS_STATUS_SUCCESS || n == 0 || found->state != CUBLAS_STATUS_SUCCESS)
+        die("cuBLASLt cannot multiply (%ld,%ld) %s by (%ld,%ld) %s into %s (status %d); try --precision bf16",
+            s->M, s->K, type_name(s->type_a), s->K, s->N, type_name(s->type_b), type_name(s->type),
+            (int)status);
+    LT(cublasLtMatmulPreferenceDestroy(preference));
+    return n;
+}
 // cuBLASLt is column-major: what is row-major here is its transpose there, so a and b change places.
-static const Product* product_of(const Shape* s) {
+static Product* product_of(const Shape* s) {
     for (int i = 0; i < lt.count; i++)
         if (memcmp(&lt.products[i].shape, s, sizeof *s) == 0) return &lt.products[i];
     lt.products = (Product*)realloc(lt.products, sizeof(Product) * (size_t)(lt.count + 1));
@@ -1088,30 +1184,9 @@ static const Product* product_of(const Shape* s) {
     p->b = s->k_b ? layout(s->type_b, s->K, s->N, s->ld_b) : layout(s->type_b, s->N, s->K, s->ld_b);
     p->a = s->k_a ? layout(s->type_a, s->K, s->M, s->ld_a) : layout(s->type_a, s->M, s->K, s->ld_a);
     p->out = layout(s->type, s->N, s->M, s->ld);
-    cublasLtMatmulPreference_t preference;
-    const size_t workspace = WORKSPACE;
-    const uint32_t align = (uint32_t)s->align;
-    const uint32_t reduce = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;  // parts of a sum are added in FP32 only
-    const cublasLtMatmulPreferenceAttributes_t aligned[] = {
-        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
-        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES};
-    LT(cublasLtMatmulPreferenceCreate(&preference));
-    LT(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace,
-                                            sizeof workspace));
-    LT(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reduce,
-                                            sizeof reduce));
-    for (int i = 0; i < 4; i++)
-        LT(cublasLtMatmulPreferenceSetAttribute(preference, aligned[i], &align, sizeof align));
-    cublasLtMatmulHeuristicResult_t found;
-    int n = 0;
-    cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(lt.handle, p->operation, p->b, p->a, p->out,
-                                                           p->out, preference, 1, &found, &n);
-    if (status != CUBLAS_STATUS_SUCCESS || n == 0 || found.state != CUBLAS_STATUS_SUCCESS)
-        die("cuBLASLt cannot multiply (%ld,%ld) %s by (%ld,%ld) %s into %s (status %d); try --precision bf16",
-            s->M, s->K, type_name(s->type_a), s->K, s->N, type_name(s->type_b), type_name(s->type),
-            (int)status);
-    p->algo = found.algo;
-    LT(cublasLtMatmulPreferenceDestroy(preference));
+    cublasLtMatmulHeuristicResult_t first;
+    proposals(p, &first, 1);
+    p->algo = first.algo;
     return p;
 }
 
@@ -1372,15 +1447,9 @@ static void linear_backward_gpu(Model* m, int l, int kind, S* dx, const S* dy, c
 template <class S> static void norm_forward_gpu(Model* m, int l, int branch, Dest<S> out, const S* x, S* sum,
                                                 const S* add, const S* skip, long N) {
     const Branch* b = &BRANCHES[branch];
-    norm_forward_kernel<S><<<(unsigned)div_up(N, TILE), THREADS, 0, stream>>>(
-        out, floats_of(m, l, b->mean), floats_of(m, l, b->rstd), sum, x, add, skip, param_gpu(m, l, b->gain),
-        param_gpu(m, l, b->bias), m->a, skip || add ? m->b : 1.0f, N, m->c.width);
-    launched("norm forward");
-}
-template <class S>
-static void weighted_sum_gpu(Dest<S> out, float a, const S* x, float b, const S* y, long N, long C) {
-    weighted_sum_kernel<S><<<tiles(N, C), THREADS, 0, stream>>>(out, a, x, b, y, N, C);
-    launched("weighted sum");
+    launch_norm_forward<S>(out, floats_of(m, l, b->mean), floats_of(m, l, b->rstd), sum, x, add, skip,
+                           param_gpu(m, l, b->gain), param_gpu(m, l, b->bias), m->a,
+                           skip || add ? m->b : 1.0f, N, m->c.width);
 }
 
 template <class S> static const S* stream_before_gpu(const Model* m, int l, int mlp) {
@@ -1405,7 +1474,7 @@ template <class S> static void enter_block(Model* m, int l, long N) {
     if (!m->scheme->norm_last) {
         norm_forward_gpu<S>(m, l, 0, input, x, NULL, NULL, NULL, N);
         trace_buffer(m, l, A_NORM1, value, 0, N * m->c.width);
-    } else if (gpu.is_fp8) weighted_sum_gpu<S>(input, 1.0f, x, 0.0f, NULL, N, m->c.width);
+    } else if (gpu.is_fp8) launch_weighted_sum<S>(input, 1.0f, x, 0.0f, NULL, N, m->c.width);
 }
 
 // A block, from its first linear's input to its stream and the next linear's input: each residual sum is
@@ -1420,11 +1489,10 @@ template <class S> static void block_forward_gpu(Model* m, int l, long B, long T
         S* inner = inner_gpu<S>(m, l, mlp);
         linear_forward_gpu<S>(m, l, b->first, wide, branch_input_gpu<S>(m, l, mlp), N);
         trace_buffer(m, l, b->wide, wide, 0, N * (mlp ? 4 : 3) * C);
-        if (mlp) {
-            activation_kernel<S><<<tiles(N, 4 * C), THREADS, 0, stream>>>(
-                input_of<S>(m, l, DOWN, inner, 0, N), wide, NULL, (Activation)m->c.activation, N, 4 * C);
-            launched("activation forward");
-        } else
+        if (mlp)
+            launch_activation<S>(input_of<S>(m, l, DOWN, inner, 0, N), wide, NULL,
+                                 (Activation)m->c.activation, N, 4 * C);
+        else
             attention_forward_gpu<S>(input_of<S>(m, l, OUT, inner, 1, N), gpu.lse[slot(m, l)], wide, B, T, C,
                                      m->c.heads, stream);
         trace_buffer(m, l, b->inner, inner, 0, N * (mlp ? 4 : 1) * C);
@@ -1451,10 +1519,9 @@ template <class S> static void forward_gpu(Model* m, long B, long T) {
     const long C = m->c.width, N = B * T;
     const int us = m->scheme->norm_last;
     S* x0 = act<S>(m, 0, A_X0);
-    embedding_forward_kernel<S><<<tiles(N, C), THREADS, 0, stream>>>(
-        us ? input_of<S>(m, 0, QKV, x0, 1, N) : value_only(x0, C, N), gpu.batch, param_gpu(m, 0, WTE),
-        param_gpu(m, 0, WPE), m->scheme->embedding_scale, N, T, C);
-    launched("embedding forward");
+    launch_embedding_forward<S>(us ? input_of<S>(m, 0, QKV, x0, 1, N) : value_only(x0, C, N), gpu.batch,
+                                param_gpu(m, 0, WTE), param_gpu(m, 0, WPE), m->scheme->embedding_scale, N, T,
+                                C);
     trace_buffer(m, 0, A_X0, x0, 0, N * C);
     stat_gpu(m, 0, "x", 0, x0, N * C, m->hidden->stream);
     if (!us) enter_block<S>(m, 0, N);
@@ -1486,10 +1553,8 @@ template <class S> static void head_gpu(Model* m, long N, int want_gradient) {
         const long n = min_l(head_rows, N - row);
         logits_gpu<S>(m, row, n);
         trace_buffer(m, 0, A_LOGITS, logits, row, n * m->vp);
-        const int threads = (int)min_l(512, div_up(m->vp, 32 * Pack<S>::N) * 32);
-        loss_kernel<S><<<(unsigned)n, threads, 0, stream>>>(losses + row, logits, gpu.batch + m->rows + row,
-                                                        want_gradient, m->loss_scale, V, m->vp);
-        launched("loss");
+        launch_loss<S>(losses + row, logits, gpu.batch + m->rows + row, want_gradient, m->loss_scale, n, V,
+                       m->vp);
         if (!want_gradient) continue;
         if (watch)
             trace_buffer(m, 0, A_LOGITS, logits, row, n * m->vp);  // a dump wants the logits themselves
@@ -1509,14 +1574,9 @@ template <class S>
 static void norm_backward_gpu(Model* m, int l, int branch, Dest<S> out, S* sum, const S* dout, const S* dskip,
                               const S* x, float b, int last, long N) {
     const Branch* p = &BRANCHES[branch];
-    const long C = m->c.width, blocks = div_up(N, TILE);
-    norm_backward_kernel<S><<<(unsigned)blocks, THREADS, 0, stream>>>(
-        out, sum, gpu.partial, dout, dskip, x, floats_of(m, l, p->mean), floats_of(m, l, p->rstd),
-        param_gpu(m, l, p->gain), m->a, b, last, N, C);
-    launched("norm backward");
-    norm_parameters_kernel<<<(unsigned)div_up(2 * C, 32), THREADS, 0, stream>>>(
-        grad_gpu(m, l, p->gain), grad_gpu(m, l, p->bias), gpu.partial, 4 * blocks, C);
-    launched("norm parameters");
+    launch_norm_backward<S>(out, sum, grad_gpu(m, l, p->gain), grad_gpu(m, l, p->bias), gpu.partial, dout,
+                            dskip, x, floats_of(m, l, p->mean), floats_of(m, l, p->rstd),
+                            param_gpu(m, l, p->gain), m->a, b, last, N, m->c.width);
 }
 
 // Adds S times the gradient of the batch that forward_gpu and head_gpu have seen to gpu.grads.
@@ -1545,11 +1605,10 @@ template <class S> static void backward_gpu(Model* m, long B, long T) {
         S* dinner = mlp ? dwide : dinput;
         linear_backward_gpu<S>(m, l, b->second, dinner, us ? dbranch : dx, inner_gpu<S>(m, l, mlp), N);
         trace_buffer(m, l, mlp ? D_WIDE : D_INPUT, dinner, 0, N * (mlp ? 4 : 1) * C);
-        if (mlp) {
-            activation_kernel<S><<<tiles(N, 4 * C), THREADS, 0, stream>>>(
-                gradient_of<S>(dwide, 0, 4 * C, N), wide, dinner, (Activation)m->c.activation, N, 4 * C);
-            launched("activation backward");
-        } else
+        if (mlp)
+            launch_activation<S>(gradient_of<S>(dwide, 0, 4 * C, N), wide, dinner,
+                                 (Activation)m->c.activation, N, 4 * C);
+        else
             attention_backward_gpu<S>(gradient_of<S>(dwide, 0, 3 * C, N), gpu.delta, dinner,
                                       act<S>(m, l, A_Y), wide, gpu.lse[slot(m, l)], B, T, C, m->c.heads,
                                       stream);
@@ -1562,16 +1621,12 @@ template <class S> static void backward_gpu(Model* m, long B, long T) {
         if (!us) trace_buffer(m, l, D_X, dx, 0, N * C);
     }
     if (us) {
-        weighted_sum_gpu<S>(value_only(dx, C, N), m->a, dx, 1.0f, dinput, N, C);
+        launch_weighted_sum<S>(value_only(dx, C, N), m->a, dx, 1.0f, dinput, N, C);
         trace_buffer(m, 0, D_X, dx, 0, N * C);
     }
     const int *order = gpu.batch + 2 * m->rows, *starts = order + m->rows;
-    embedding_backward_kernel<S><<<(unsigned)m->c.vocab, THREADS, 0, stream>>>(
-        grad_gpu(m, 0, WTE), dx, order, starts, m->scheme->embedding_scale, C);
-    launched("embedding backward");
-    position_backward_kernel<S><<<(unsigned)div_up(T * C, 16 * THREADS), THREADS, 0, stream>>>(
-        grad_gpu(m, 0, WPE), dx, m->scheme->embedding_scale, B, T, C);
-    launched("embedding backward");
+    launch_embedding_backward<S>(grad_gpu(m, 0, WTE), grad_gpu(m, 0, WPE), dx, order, starts,
+                                 m->scheme->embedding_scale, B, T, C, m->c.vocab);
 }
 
 // ---- A step -----------------------------------------------------------------------------------------------
@@ -1591,19 +1646,15 @@ template <class S> static void update_gpu(const Model* m, int copies_only) {
         if (head) copy.out = (S*)gpu.head;
         if (copies_only && !copy.out && !copy.q) continue;
         const long o = t->offset;
-        update_kernel<S><<<tiles(t->rows, t->cols), THREADS, 0, stream>>>(
-            copy, gpu.params + o, copies_only ? NULL : gpu.m + o, copies_only || !gpu.v ? NULL : gpu.v + o,
-            copies_only ? NULL : gpu.grads + o, gpu.rates, gpu.result, copies_only ? -1.0f : t->lr_factor,
-            t->kind->decays, t->rows, t->cols);
-        launched("update");
+        launch_update<S>(copy, gpu.params + o, copies_only ? NULL : gpu.m + o,
+                         copies_only || !gpu.v ? NULL : gpu.v + o, copies_only ? NULL : gpu.grads + o,
+                         gpu.rates, gpu.result, copies_only ? -1.0f : t->lr_factor, t->kind->decays, t->rows,
+                         t->cols);
     }
 }
 template <class S>
 static void finish_gpu(Model* m) {  // norm, is all finite, update, and the result to the host
-    norm_chunk_kernel<<<(unsigned)gpu.num_chunks, THREADS, 0, stream>>>(gpu.sums, gpu.grads, gpu.chunks);
-    launched("gradient norm");
-    result_kernel<<<1, THREADS, 0, stream>>>(gpu.result, gpu.sums, gpu.chunks, gpu.num_chunks);
-    launched("gradient norm");
+    launch_gradient_norm(gpu.result, gpu.sums, gpu.grads, gpu.chunks, gpu.num_chunks);
     update_gpu<S>(m, 0);
     CUDA(cudaMemcpyAsync(gpu.host_result, gpu.result, sizeof(Result), cudaMemcpyDeviceToHost, stream));
 }
