@@ -78,11 +78,13 @@ template <class S> struct alignas(16) Pack {
     S v[16 / sizeof(S)];
 };
 
+static long padded(long N) { return div_up(N, 16) * 16; }
+
 // Where a kernel's result goes, each copy only where its pointer is set: the value itself, its FP8 code, and
 // the codes transposed, which the matmul over the other dimension reads (FP8 tensor cores want K contiguous).
 template <class S> struct Dest {
     S* out;         // (N,W)
-    fp8 *q, *qt;    // (N,W), (W,Np): Np is N rounded up to 16
+    fp8 *q, *qt;    // (N,W), (W,Np): Np = padded(N)
     long W, Np;
     Format format;  // of q and qt
 };
@@ -1129,6 +1131,10 @@ static struct {
     int count;
 } lt;
 enum { WORKSPACE = 32 << 20 };
+static Side side(const void* p, long ld, int k_contiguous, cudaDataType_t type) {
+    Side s = {p, ld, k_contiguous, type};
+    return s;
+}
 
 static long bytes_of(cudaDataType_t t) { return t == CUDA_R_32F ? 4 : t == CUDA_R_16BF ? 2 : 1; }
 static const char* type_name(int t) {
@@ -1218,6 +1224,55 @@ static void gemm(const char* name, void* out, cudaDataType_t type, long ld, Side
     launched(name);
 }
 
+// FLOP/s of an n x n x n product, the best of a few: what this card can do, measured and not taken from a
+// leaflet.
+static double measure_product(cudaDataType_t type, long n) {
+    enum { SOME = 1 << 20 };
+    static uint8_t some[SOME];
+    const size_t bytes = (size_t)(n * n * bytes_of(type));
+    uint8_t* p[3];
+    double best = 0;
+    cudaEvent_t start, end;
+    for (int i = 0; i < SOME; i += (int)bytes_of(type)) {  // normal values: zeros would draw less power
+        const uint64_t u = random_u64(1, 2, (uint64_t)i);
+        const uint32_t bits = float_bits((float)(u % 2001) / 1000.0f - 1.0f);
+        if (bytes_of(type) == 1) some[i] = fp8_encode(bits_float(bits), type == CUDA_R_8F_E4M3 ? E4M3 : E5M2);
+        else memcpy(some + i, (char*)&bits + 4 - bytes_of(type), (size_t)bytes_of(type));
+    }
+    for (int i = 0; i < 3; i++) CUDA(cudaMalloc(&p[i], i < 2 ? bytes : 4 * (size_t)(n * n)));
+    for (int i = 0; i < 2; i++)
+        for (size_t at = 0; at < bytes; at += SOME)
+            CUDA(
+                cudaMemcpy(p[i] + at, some, (size_t)min_l((long)(bytes - at), SOME), cudaMemcpyHostToDevice));
+    CUDA(cudaEventCreate(&start));
+    CUDA(cudaEventCreate(&end));
+    for (int i = 0; i < 8; i++) {
+        float ms;
+        CUDA(cudaEventRecord(start, stream));
+        gemm("ceiling", p[2], CUDA_R_16BF, n, side(p[0], n, 1, type), side(p[1], n, 1, type), n, n, n, 1.0f,
+             0, 1);
+        CUDA(cudaEventRecord(end, stream));
+        CUDA(cudaEventSynchronize(end));
+        CUDA(cudaEventElapsedTime(&ms, start, end));
+        best = fmax(best, 2e3 * (double)n * (double)n * (double)n / ms);
+    }
+    CUDA(cudaEventDestroy(start));
+    CUDA(cudaEventDestroy(end));
+    for (int i = 0; i < 3; i++) CUDA(cudaFree(p[i]));
+    return best;
+}
+static void products_close(void) {
+    for (int i = 0; i < lt.count; i++) {
+        const cublasLtMatrixLayout_t layouts[] = {lt.products[i].a, lt.products[i].b, lt.products[i].out};
+        for (int k = 0; k < 3; k++) LT(cublasLtMatrixLayoutDestroy(layouts[k]));
+        LT(cublasLtMatmulDescDestroy(lt.products[i].operation));
+    }
+    free(lt.products);
+    LT(cublasLtDestroy(lt.handle));
+    memset(&lt, 0, sizeof lt);
+}
+
+#ifndef US_KERNELS_ONLY  // dev/cuda is built without what follows, which takes most of the time
 // ---- The model on the GPU ---------------------------------------------------------------------------------
 // Device memory. The buffers are train_us.c's, in the stream's format; of the inputs of the four linears of a
 // block the FP8 mode keeps the transposed codes instead (backward needs no others).
@@ -1255,7 +1310,6 @@ enum { WEIGHTS, OPTIMIZER, GRADIENTS, ACTIVATIONS, WORK };
 enum { STAT_PARTS = 256 };
 
 static long ints_of_batch(const Model* m) { return 3 * m->rows + m->c.vocab + 1; }
-static long padded(long N) { return div_up(N, 16) * 16; }
 
 // How many of a buffer there are: as kept() says, or one that every block uses in turn, or none.
 static int buffers_of(const Model* m, int k) {
@@ -1353,11 +1407,6 @@ static float* floats_of(const Model* m, int l, int kind) { return act<float>(m, 
 static float* param_gpu(const Model* m, int l, int kind) { return gpu.params + tensor(m, l, kind)->offset; }
 static float* grad_gpu(const Model* m, int l, int kind) { return gpu.grads + tensor(m, l, kind)->offset; }
 static int slot(const Model* m, int l) { return m->c.recompute ? 0 : l; }
-
-static Side side(const void* p, long ld, int k_contiguous, cudaDataType_t type) {
-    Side s = {p, ld, k_contiguous, type};
-    return s;
-}
 
 // ---- Looking at tensors -----------------------------------------------------------------------------------
 template <class S> static void fetch_floats(float* to, const S* from, long n) {
@@ -1744,43 +1793,6 @@ template <class S> static StepResult step_gpu(Model* m, const Split* train, doub
 // ---- The device -------------------------------------------------------------------------------------------
 static int is_fp32(const Model* m) { return m->hidden->stream == FP32; }
 
-// FLOP/s of an n x n x n product, the best of a few: what this card can do, measured and not taken from a
-// leaflet.
-static double measure_product(cudaDataType_t type, long n) {
-    enum { SOME = 1 << 20 };
-    static uint8_t some[SOME];
-    const size_t bytes = (size_t)(n * n * bytes_of(type));
-    uint8_t* p[3];
-    double best = 0;
-    cudaEvent_t start, end;
-    for (int i = 0; i < SOME; i += (int)bytes_of(type)) {  // normal values: zeros would draw less power
-        const uint64_t u = random_u64(1, 2, (uint64_t)i);
-        const uint32_t bits = float_bits((float)(u % 2001) / 1000.0f - 1.0f);
-        if (bytes_of(type) == 1) some[i] = fp8_encode(bits_float(bits), type == CUDA_R_8F_E4M3 ? E4M3 : E5M2);
-        else memcpy(some + i, (char*)&bits + 4 - bytes_of(type), (size_t)bytes_of(type));
-    }
-    for (int i = 0; i < 3; i++) CUDA(cudaMalloc(&p[i], i < 2 ? bytes : 4 * (size_t)(n * n)));
-    for (int i = 0; i < 2; i++)
-        for (size_t at = 0; at < bytes; at += SOME)
-            CUDA(
-                cudaMemcpy(p[i] + at, some, (size_t)min_l((long)(bytes - at), SOME), cudaMemcpyHostToDevice));
-    CUDA(cudaEventCreate(&start));
-    CUDA(cudaEventCreate(&end));
-    for (int i = 0; i < 8; i++) {
-        float ms;
-        CUDA(cudaEventRecord(start, stream));
-        gemm("ceiling", p[2], CUDA_R_16BF, n, side(p[0], n, 1, type), side(p[1], n, 1, type), n, n, n, 1.0f,
-             0, 1);
-        CUDA(cudaEventRecord(end, stream));
-        CUDA(cudaEventSynchronize(end));
-        CUDA(cudaEventElapsedTime(&ms, start, end));
-        best = fmax(best, 2e3 * (double)n * (double)n * (double)n / ms);
-    }
-    CUDA(cudaEventDestroy(start));
-    CUDA(cudaEventDestroy(end));
-    for (int i = 0; i < 3; i++) CUDA(cudaFree(p[i]));
-    return best;
-}
 // Of the matmuls and of causal attention, forward and backward (6 for each weight and token).
 static double flops_per_token(const Model* m) {
     double weights = (double)m->vp * m->c.width;
@@ -1860,15 +1872,8 @@ static void gpu_close(Model* m) {
     if (gpu.finish) CUDA(cudaGraphExecDestroy(gpu.finish));
     while (num_allocations) CUDA(cudaFree(allocations[--num_allocations]));
     for (int i = 0; i < 5; i++) if (pinned[i]) CUDA(cudaFreeHost(pinned[i]));
-    for (int i = 0; i < lt.count; i++) {
-        const cublasLtMatrixLayout_t layouts[] = {lt.products[i].a, lt.products[i].b, lt.products[i].out};
-        for (int k = 0; k < 3; k++) LT(cublasLtMatrixLayoutDestroy(layouts[k]));
-        LT(cublasLtMatmulDescDestroy(lt.products[i].operation));
-    }
-    free(lt.products);
-    LT(cublasLtDestroy(lt.handle));
+    products_close();
     CUDA(cudaStreamDestroy(stream));
-    memset(&lt, 0, sizeof lt);
     memset(&gpu, 0, sizeof gpu);
 }
 static void gpu_describe(const Model* m) {
@@ -1943,6 +1948,8 @@ static const char* gpu_utilisation(const Model* m, double rate) {
 __attribute__((unused)) static const Device GPU = {
     "GPU", gpu_open, gpu_close, gpu_describe, gpu_step, gpu_loss, gpu_trace, gpu_update, gpu_next, gpu_fetch,
     gpu_utilisation};
+
+#endif  // US_KERNELS_ONLY
 
 #ifdef US_CUDA_MAIN
 int main(int argc, char** argv) { return run(argc, argv, &GPU); }

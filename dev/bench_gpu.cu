@@ -7,11 +7,10 @@ steps (batches, gradient norm, update) as graphs, the faster of two; then one ba
 event behind every kernel. FLOPs per token = 6 (12 L C^2 + Vp C) + 6 L C T. Tokens are random, so no token is
 frequent: real text costs embedding backward more.
 */
-#define US_NO_MAIN
 #ifndef US_SOURCE
-#define US_SOURCE "../train_us.cu"
+#define US_SOURCE "../../train_us.cu"  // as seen from cuda/
 #endif
-#include US_SOURCE
+#include "cuda/bench.h"
 
 typedef struct { const char* name; int layers, heads, width, seq; } BenchModel;
 static const BenchModel MODELS[] = {{"124M", 12, 12, 768, 1024}, {"350M", 24, 16, 1024, 1024},
@@ -22,31 +21,6 @@ static const char* const MODES[] = {"fp32", "bf16", "fp8"};
 enum { IN_BF16 = 1, IN_FP8 };
 static struct { const char* name; double ms[3]; } kernels[64];
 static int num_kernels;
-
-static double copy_bandwidth(size_t bytes) {  // bytes read and written, per second
-    void *a, *b;
-    cudaEvent_t start, end;
-    double best = 0;
-    CUDA(cudaMalloc(&a, bytes));
-    CUDA(cudaMalloc(&b, bytes));
-    CUDA(cudaMemset(a, 1, bytes));
-    CUDA(cudaEventCreate(&start));
-    CUDA(cudaEventCreate(&end));
-    for (int i = 0; i < 8; i++) {
-        float ms;
-        CUDA(cudaEventRecord(start, stream));
-        CUDA(cudaMemcpyAsync(b, a, bytes, cudaMemcpyDeviceToDevice, stream));
-        CUDA(cudaEventRecord(end, stream));
-        CUDA(cudaEventSynchronize(end));
-        CUDA(cudaEventElapsedTime(&ms, start, end));
-        best = fmax(best, 2e3 * (double)bytes / ms);
-    }
-    CUDA(cudaEventDestroy(start));
-    CUDA(cudaEventDestroy(end));
-    CUDA(cudaFree(a));
-    CUDA(cudaFree(b));
-    return best;
-}
 
 // The time between a kernel's event and the one before it, by name.
 static void add_profile(int mode) {

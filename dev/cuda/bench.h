@@ -1,0 +1,391 @@
+/*
+bench.h: what the files of this folder share. A file describes its kernels (arrays, reference, versions,
+shapes) in a table of Kernel and ends in lab(): this checks each version at each shape and, on a GPU, times it.
+
+  ./gelu           all versions of all kernels of the file, at odd shapes and at large ones
+  ./gelu 3         version 3 of each only
+  ./gelu check     at odd shapes only, nothing is timed: all that the emulator of dev/emu does
+  ./gelu tiny      times odd shapes too: shows that timing works, and nothing else
+  ./gelu list      names of kernels, versions and their functions, for table.sh
+
+Checks. Inputs are N(0,1), new for every shape. What is expected comes from the function of train_us.c. Before
+each run outputs are poisoned with NaN and inputs restored; after it an output may be off by so many units in
+the last place of its format, in so large a share of its values; an input must be what it was; nothing beyond
+the end of an array may have changed. NaN never passes.
+
+Times. The arrays exist so often that all together are three times the L2 cache, and a run takes the next copy.
+The time is the median of up to 200 runs, each between two events. The floor is the time in which the card would
+move every byte of input and output once, at the rate at which it copies 1 GiB, or do the arithmetic, at the
+rate of an 8192^3 product by cuBLASLt; both rates are measured at the start of the same run.
+*/
+#pragma once
+#ifndef US_NO_MAIN
+#define US_NO_MAIN
+#endif
+#ifndef US_SOURCE
+#define US_SOURCE "../../train_us.cu"
+#endif
+#include US_SOURCE
+
+#ifdef __CUDACC__
+static const bool emulated = false;
+#else
+static const bool emulated = true;
+#endif
+
+// ---- Arrays -----------------------------------------------------------------------------------------------
+typedef enum { INPUT, OUTPUT, UPDATED } Role;
+typedef struct {
+    const char* name;
+    Role role;
+    Format format;
+    long n, size;         // values, and bytes of each
+    float *value, *want;  // what an input is, what is expected of an output; want = NaN: not to be written
+    double units, share;  // allowed: units in the last place; the share of values that are not equal
+    uint8_t *bits, *device;
+    long stride;          // bytes from one copy on the device to the next
+} Array;
+static Array arrays[32];
+static int num_arrays, copies, copy;  // copy: the one that at() finds
+
+static Array* new_array(const char* name, Role role, Format format, long n) {
+    if (num_arrays == 32) die("more than 32 arrays");
+    Array* a = &arrays[num_arrays++];
+    memset(a, 0, sizeof *a);
+    a->name = name, a->role = role, a->format = format, a->n = n;
+    a->size = format == FP32 ? 4 : format == BF16 ? 2 : 1;
+    return a;
+}
+// n values of N(0, std^2), rounded to the format. A file may set others: then call encode().
+static void encode(Array* a) {
+    if (!a->bits) a->bits = (uint8_t*)alloc((double)(a->n * a->size));
+    #pragma omp parallel for
+    for (long i = 0; i < a->n; i++) {
+        const uint32_t u = float_bits(a->value[i] = round_to(a->value[i], a->format));
+        if (a->size == 4) memcpy(a->bits + 4 * i, &u, 4);
+        if (a->size == 2) a->bits[2 * i] = (uint8_t)(u >> 16), a->bits[2 * i + 1] = (uint8_t)(u >> 24);
+        if (a->size == 1) a->bits[i] = fp8_encode(a->value[i], a->format);
+    }
+}
+static Array* input(const char* name, Format format, long n, float std) {
+    static uint64_t seed;
+    Array* a = new_array(name, INPUT, format, n);
+    a->value = floats((double)n);
+    fill_normal(a->value, n, std, ++seed, stream_of(name));
+    encode(a);
+    return a;
+}
+// Bytes that are no floats: tokens, structs.
+static Array* input_bytes(const char* name, const void* data, long n) {
+    Array* a = new_array(name, INPUT, E4M3, n);  // of one byte each
+    memcpy(a->bits = (uint8_t*)alloc((double)n), data, (size_t)n);
+    return a;
+}
+// The file writes what is expected into want.
+static Array* output(const char* name, Format format, long n, double units, double share) {
+    Array* a = new_array(name, OUTPUT, format, n);
+    a->want = floats((double)n);
+    a->units = units, a->share = share;
+    return a;
+}
+// An input that the kernel changes; want begins as a copy of it.
+static Array* updated(const char* name, Format format, long n, float std, double units, double share) {
+    Array* a = input(name, format, n, std);
+    a->role = UPDATED, a->want = floats((double)n);
+    a->units = units, a->share = share;
+    memcpy(a->want, a->value, sizeof(float) * (size_t)n);
+    return a;
+}
+// The FP8 codes of values (N,W), row by row, and transposed, padded to 16 in rows that nobody writes.
+static void output_codes(Array** q, Array** qt, const float* values, long N, long W, Format format,
+                         double share) {
+    const long Np = padded(N);
+    *q = output("codes", format, N * W, 1, share);
+    *qt = output("codes transposed", format, W * Np, 1, share);
+    for (long i = 0; i < W * Np; i++) (*qt)->want[i] = NAN;
+    for (long n = 0; n < N; n++)
+        for (long w = 0; w < W; w++)
+            (*q)->want[n * W + w] = (*qt)->want[w * Np + n] = round_to(values[n * W + w], format);
+}
+// Where an array is in the copy that is used now; NULL for none.
+template <class X> static X* at(const Array* a) { return a ? (X*)(a->device + copy * a->stride) : NULL; }
+static Dest<bf16> dest(const Array* out, const Array* q, const Array* qt, long N, long W, Format format) {
+    const Dest<bf16> d = {at<bf16>(out), at<fp8>(q), at<fp8>(qt), W, padded(N), format};
+    return d;
+}
+
+// Device memory for all arrays, in one copy of exactly their sizes (then the address sanitizer sees each end),
+// or in several with room between them.
+enum { GUARD = 256, GUARD_BYTE = 0xA5 };
+static void arrays_upload(int several) {
+    long bytes = 0;
+    for (int i = 0; i < num_arrays; i++) bytes += arrays[i].n * arrays[i].size;
+    copies = 1, copy = 0;
+    if (several) {
+        cudaDeviceProp card;
+        size_t left, total;
+        CUDA(cudaGetDeviceProperties(&card, 0));
+        CUDA(cudaMemGetInfo(&left, &total));
+        const long most = (long)left / 2 / (bytes + num_arrays * 2 * GUARD);
+        copies = (int)min_l(min_l(2 + 3L * card.l2CacheSize / bytes, most), 64);
+        if (copies < 2) die("%ld bytes twice are more than this GPU has", bytes);
+    }
+    for (int i = 0; i < num_arrays; i++) {
+        Array* a = &arrays[i];
+        a->stride = several ? (a->n * a->size + 2 * GUARD - 1) / GUARD * GUARD : a->n * a->size;
+        CUDA(cudaMalloc(&a->device, (size_t)(a->stride * copies)));
+        CUDA(cudaMemset(a->device, several ? GUARD_BYTE : 0xFF, (size_t)(a->stride * copies)));
+        for (int k = 0; k < copies && a->bits; k++)
+            CUDA(cudaMemcpy(a->device + k * a->stride, a->bits, (size_t)(a->n * a->size),
+                            cudaMemcpyHostToDevice));
+    }
+    CUDA(cudaDeviceSynchronize());
+}
+// Device memory that only the kernels themselves use, until the shape is done; NaN at first.
+static void* spaces[8];
+static int num_spaces;
+static void* work_space(size_t bytes) {
+    if (num_spaces == 8) die("more than 8 work spaces");
+    CUDA(cudaMalloc(&spaces[num_spaces], bytes));
+    CUDA(cudaMemset(spaces[num_spaces], 0xFF, bytes));
+    return spaces[num_spaces++];
+}
+static void arrays_free(void) {
+    while (num_spaces) CUDA(cudaFree(spaces[--num_spaces]));
+    for (; num_arrays; num_arrays--) {
+        Array* a = &arrays[num_arrays - 1];
+        CUDA(cudaFree(a->device));
+        free(a->value), free(a->want), free(a->bits);
+    }
+}
+
+// ---- The table that a file fills --------------------------------------------------------------------------
+typedef struct {
+    const char* idea = NULL;       // one line: what this version changes
+    void (*run)(void) = NULL;      // launches it, on at() of the arrays
+    const char* functions = NULL;  // the __global__ functions it is made of, separated by spaces
+    int sm = 0;                    // the least compute capability, 89 for 8.9, if not the trainer's
+} Version;
+typedef struct {
+    const char *name, *dims;          // of the kernel; of its shape's numbers, separated by spaces
+    void (*open)(const long* shape);  // makes the arrays and what is expected
+    const Version* versions;          // up to one without run; the last is train_us.cu's
+    long small[7][4], large[5][4];    // shapes, up to one of zeros
+    int from_zero = 0;                // version 0 is a library's, to compare with
+} Kernel;
+static int number(const Kernel* k, int i) { return i + !k->from_zero; }  // of versions[i]
+// Set by open: the arithmetic, if it may be what limits, and the format of the product it is compared with;
+// the bytes, if not each array once (an updated one twice).
+static double floor_flops, floor_bytes;
+static Format floor_format;
+
+// ---- Checks -----------------------------------------------------------------------------------------------
+static int checks_passed, checks_failed;
+static float decode(const Array* a, const uint8_t* bits, long i) {
+    uint32_t u = 0;
+    if (a->size == 1) return fp8_decode(bits[i], a->format);
+    memcpy((uint8_t*)&u + 4 - a->size, bits + i * a->size, (size_t)a->size);
+    return bits_float(u);
+}
+// The unit in the last place of values like x.
+static double unit_of(Format format, double x) {
+    int e = -126, bits = format == FP32 ? 23 : FORMATS[format].mantissa_bits;
+    frexp(x, &e);
+    const int least = format == FP32 ? -126 : FORMATS[format].min_exponent;
+    return ldexp(1, (e - 1 > least ? e - 1 : least) - bits);
+}
+// "" or what is wrong with the array after a run. Values far below the others (1/64 of their root mean square)
+// are held to the unit there: sums of larger ones made them.
+static const char* wrong(const Array* a) {
+    const long bytes = a->n * a->size;
+    uint8_t* got = (uint8_t*)alloc((double)a->stride);
+    double square = 0, worst = 0, differ = 0;
+    long count = 0, worst_at = -1;
+    const char* what = "";
+    CUDA(cudaMemcpy(got, a->device + copy * a->stride, (size_t)a->stride, cudaMemcpyDeviceToHost));
+    for (long i = bytes; i < a->stride && !*what; i++)
+        if (got[i] != GUARD_BYTE) what = form("%s: byte %ld beyond its end was written", a->name, i - bytes);
+    if (a->role == INPUT && memcmp(got, a->bits, (size_t)bytes) != 0)
+        what = form("%s, an input, changed", a->name);
+    for (long i = 0; i < a->n && a->want; i++)
+        if (!isnan(a->want[i])) square += (double)a->want[i] * a->want[i], count++;
+    const double least = a->size > 1 ? sqrt(square / (double)(count ? count : 1)) / 64 : 0;
+    for (long i = 0; i < a->n && a->want && !*what; i++) {
+        const float want = a->want[i], x = decode(a, got, i);
+        if (isnan(want)) {
+            for (long k = i * a->size; k < (i + 1) * a->size; k++)
+                if (got[k] != 0xFF) what = form("%s[%ld] is padding and was written", a->name, i);
+            continue;
+        }
+        const double unit = unit_of(a->format, fmax(fabs(want), least));
+        const double error = x == want ? 0 : fabs((double)x - want) / unit;
+        differ += x != want;
+        if (!(error <= worst)) worst = error, worst_at = i;
+        if (!isfinite(x)) what = form("%s[%ld] is %g, not %g", a->name, i, (double)x, (double)want);
+    }
+    if (!*what && !(worst <= a->units))
+        what = form("%s[%ld] is %g, not %g: %.3g units, %g allowed", a->name, worst_at,
+                    (double)decode(a, got, worst_at), (double)a->want[worst_at], worst, a->units);
+    if (!*what && !(differ <= a->share * (double)count + 2))
+        what = form("%s: %.2f %% of the values differ, %.2f %% allowed", a->name,
+                    100 * differ / (double)count, 100 * a->share);
+    free(got);
+    return what;
+}
+static void check_version(const Kernel* k, int i, const char* shape) {
+    const char* what = "";
+    copy = 0;
+    for (int j = 0; j < num_arrays; j++) {
+        Array* a = &arrays[j];
+        if (a->bits) CUDA(cudaMemcpy(a->device, a->bits, (size_t)(a->n * a->size), cudaMemcpyHostToDevice));
+        else CUDA(cudaMemset(a->device, 0xFF, (size_t)(a->n * a->size)));
+    }
+    CUDA(cudaDeviceSynchronize());  // copies from the host are on another stream
+    k->versions[i].run();
+    CUDA(cudaStreamSynchronize(stream));
+    for (int j = 0; j < num_arrays && !*what; j++) what = wrong(&arrays[j]);
+    if (*what) printf("  FAILED: %s, version %d,%s: %s\n", k->name, number(k, i), shape, what);
+    *(*what ? &checks_failed : &checks_passed) += 1;
+}
+
+// ---- Times ------------------------------------------------------------------------------------------------
+static double copy_bandwidth(size_t bytes) {  // bytes read and written, per second
+    void *a, *b;
+    cudaEvent_t start, end;
+    double best = 0;
+    CUDA(cudaMalloc(&a, bytes));
+    CUDA(cudaMalloc(&b, bytes));
+    CUDA(cudaMemset(a, 1, bytes));
+    CUDA(cudaEventCreate(&start));
+    CUDA(cudaEventCreate(&end));
+    for (int i = 0; i < 8; i++) {
+        float ms;
+        CUDA(cudaEventRecord(start, stream));
+        CUDA(cudaMemcpyAsync(b, a, bytes, cudaMemcpyDeviceToDevice, stream));
+        CUDA(cudaEventRecord(end, stream));
+        CUDA(cudaEventSynchronize(end));
+        CUDA(cudaEventElapsedTime(&ms, start, end));
+        best = fmax(best, 2e3 * (double)bytes / ms);
+    }
+    CUDA(cudaEventDestroy(start));
+    CUDA(cudaEventDestroy(end));
+    CUDA(cudaFree(a));
+    CUDA(cudaFree(b));
+    return best;
+}
+static int by_time(const void* a, const void* b) {
+    return (*(const float*)a > *(const float*)b) - (*(const float*)a < *(const float*)b);
+}
+// Seconds of a run: launches are queued far ahead, so the host's time is not in it.
+static double median_time(void (*run)(void)) {
+    enum { MOST = 200 };
+    static cudaEvent_t event[MOST + 1];
+    float ms[MOST], all = 0;
+    int runs = 4;
+    for (int i = 0; i <= MOST; i++) if (!event[i]) CUDA(cudaEventCreate(&event[i]));
+    for (int round = 0; round < 2; round++) {  // warm-up, which tells how many runs are 100 ms
+        CUDA(cudaEventRecord(event[0], stream));
+        for (int i = 0; i < runs; i++) {
+            copy = (copy + 1) % copies;
+            run();
+            CUDA(cudaEventRecord(event[i + 1], stream));
+        }
+        CUDA(cudaEventSynchronize(event[runs]));
+        CUDA(cudaEventElapsedTime(&all, event[0], event[runs]));
+        for (int i = 0; i < runs; i++) CUDA(cudaEventElapsedTime(&ms[i], event[i], event[i + 1]));
+        if (round == 0) runs = (int)fmax(9, fmin(MOST, 100 * runs / fmax(all, 0.1)));
+    }
+    qsort(ms, (size_t)runs, sizeof *ms, by_time);
+    return 1e-3 * ms[runs / 2];
+}
+
+// ---- The program ------------------------------------------------------------------------------------------
+static struct { double copy, product[4]; int sm; } rates_of;  // of this card: bytes/s, FLOP/s by format
+
+static void shape_text(char text[128], const Kernel* k, const long* shape) {
+    int length = 0;
+    for (const char* name = k->dims; *name && length < 100; name += strspn(name, " ")) {
+        const int n = (int)strcspn(name, " ");
+        length += snprintf(text + length, (size_t)(128 - length), " %.*s %ld", n, name, *shape++);
+        name += n;
+    }
+}
+static int wanted(const Kernel* k, int i, int only) {
+    return (only < 0 || only == number(k, i)) && k->versions[i].sm <= rates_of.sm;
+}
+static void bench_shape(const Kernel* k, const char* shape, int only) {
+    double bytes = floor_bytes, first = 0;
+    for (int i = 0; i < num_arrays && floor_bytes == 0; i++)
+        bytes += (double)(arrays[i].n * arrays[i].size) * (arrays[i].role == UPDATED ? 2 : 1);
+    const double product = rates_of.product[floor_format], memory = bytes / rates_of.copy;
+    const double arithmetic = floor_flops > 0 && product > 0 ? floor_flops / product : 0;
+    const int flops = arithmetic > memory;
+    const double least = flops ? arithmetic : memory, work = flops ? floor_flops : bytes;
+    printf("\n### %s:%s\n\nFloor: %.1f us, for %.1f %s\n\n| | version | us | %s | of the floor | speed |\n"
+           "|---|---|---|---|---|---|\n", k->name, shape, least * 1e6, work * (flops ? 1e-9 : 1e-6),
+           flops ? "GFLOP" : "MB", flops ? "TFLOP/s" : "GB/s");
+    for (int i = 0; k->versions[i].run; i++) {
+        const Version* v = &k->versions[i];
+        if (!wanted(k, i, only)) continue;
+        const double time = median_time(v->run);
+        if (first == 0) first = time;
+        printf("| %d | %s | %.1f | %.0f | %.0f %% | %.2f x |\n", number(k, i), v->idea, time * 1e6,
+               work / time * (flops ? 1e-12 : 1e-9), 100 * least / time, first / time);
+        fflush(stdout);
+    }
+}
+static int lab(int argc, char** argv, const char* file, const Kernel* kernels, int count) {
+    int only = -1, check = emulated, tiny = 0, number_wrong = 1, gpus = 0;
+    for (int i = 1; i < argc; i++) {
+        char* end;
+        const long n = strtol(argv[i], &end, 10);
+        if (strcmp(argv[i], "check") == 0) check = 1;
+        else if (strcmp(argv[i], "tiny") == 0) tiny = 1;
+        else if (strcmp(argv[i], "list") == 0) {
+            for (const Kernel* k = kernels; k < kernels + count; k++)
+                for (int j = 0; k->versions[j].run; j++)
+                    printf("%s\t%s\t%d\t%s\t%s\n", file, k->name, number(k, j), k->versions[j].idea,
+                           k->versions[j].functions);
+            return 0;
+        } else if (*end || n < 0 || end == argv[i] || n > 99)
+            die("%s: %s is none of: check, tiny, list, the number of a version", file, argv[i]);
+        else only = (int)n;
+    }
+    for (const Kernel* k = kernels; k < kernels + count; k++)
+        for (int j = 0; k->versions[j].run; j++) number_wrong &= only >= 0 && only != number(k, j);
+    if (number_wrong) die("%s has no version %d; %s list names them", file, only, argv[0]);
+    if (cudaGetDeviceCount(&gpus) != cudaSuccess || gpus == 0)
+        die("no GPU is found; make -C dev/cuda check runs %s on a CPU", file);
+    cudaDeviceProp card;
+    CUDA(cudaGetDeviceProperties(&card, 0));
+    rates_of.sm = card.major * 10 + card.minor;
+    CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    LT(cublasLtCreate(&lt.handle));
+    CUDA(cudaMalloc(&lt.workspace, WORKSPACE));
+    if (!check || tiny) {
+        rates_of.copy = copy_bandwidth(tiny ? 1 << 20 : (size_t)1 << 30);
+        rates_of.product[BF16] = measure_product(CUDA_R_16BF, tiny ? 128 : 8192);
+        rates_of.product[E4M3] = rates_of.sm < 89 ? 0 : measure_product(CUDA_R_8F_E4M3, tiny ? 128 : 8192);
+        printf("## %s on %s\n\nMeasured in this run: copy %.2f TB/s, product of 8192^3 %.0f TFLOP/s in BF16, "
+               "%.0f in FP8.\n", file, card.name, rates_of.copy * 1e-12, rates_of.product[BF16] * 1e-12,
+               rates_of.product[E4M3] * 1e-12);
+    }
+    for (const Kernel* k = kernels; k < kernels + count; k++)
+        for (int large = 0; large < (check || tiny ? 1 : 2); large++)
+            for (const long* s = large ? k->large[0] : k->small[0]; s[0]; s += 4) {
+                char shape[128];
+                shape_text(shape, k, s);
+                floor_flops = floor_bytes = 0, floor_format = BF16;
+                k->open(s);
+                arrays_upload(!emulated || tiny);
+                for (int i = 0; k->versions[i].run; i++)
+                    if (wanted(k, i, only)) check_version(k, i, shape);
+                if (large || tiny) bench_shape(k, shape, only);
+                arrays_free();
+            }
+    CUDA(cudaFree(lt.workspace));
+    products_close();
+    CUDA(cudaStreamDestroy(stream));
+    printf("%s: %d passed, %d failed\n", file, checks_passed, checks_failed);
+    return checks_failed > 0 || checks_passed == 0;
+}
