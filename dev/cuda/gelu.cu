@@ -8,10 +8,10 @@ GELU(h) = h/2 (1 + tanh(u)), u = sqrt(2/pi) (h + 0.044715 h^3) (Hendrycks, Gimpe
 h sigmoid(2u) in train_us.c. A value is rounded to BF16 before it becomes a code. Np is N rounded up to 16.
 
 The floor. A value costs 2 bytes in and 2 out (backward 4 and 2) and some 20 instructions. At 3 TB/s an H100
-moves 750 G values/s forward and has 30,000 G instructions/s for them: memory is what limits. The difficulty is
-the transposed codes: a thread with a piece of a row has one value each of many columns.
+moves 750 G values/s forward and has 30,000 G instructions/s for them: memory is what limits. The difficulty
+is the transposed codes: a thread with a piece of a row has one value each of many columns.
 */
-#include "bench.h"
+#include "steps.h"
 
 static long N, W;
 static Array *h, *dg, *codes, *codes_t;
@@ -25,23 +25,13 @@ static __global__ void activation_value(bf16* out, const bf16* h, const bf16* dg
     const float x = (float)h[i];
     out[i] = (bf16)(dg ? (float)dg[i] * activation_slope(x, GELU) : activate(x, GELU));
 }
-static __global__ void cast_value(fp8* q, const bf16* x, Format format, long n) {
-    const long i = (long)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < n) q[i] = (fp8)to_fp8x2((float)x[i], 0.0f, format);
-}
-static __global__ void transpose_value(fp8* qt, const fp8* q, long N, long W, long Np) {
-    const long i = (long)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < N * W) qt[i % W * Np + i / W] = q[i];  // neighbours read side by side and write Np bytes apart
-}
 static void run1(void) {
     const unsigned blocks = (unsigned)div_up(N * W, THREADS);
     const Format format = dg ? E5M2 : E4M3;
     activation_value<<<blocks, THREADS, 0, stream>>>(value, at<bf16>(h), at<bf16>(dg), N * W);
     launched("value");
-    cast_value<<<blocks, THREADS, 0, stream>>>(at<fp8>(codes), value, format, N * W);
-    launched("cast");
-    transpose_value<<<blocks, THREADS, 0, stream>>>(at<fp8>(codes_t), at<fp8>(codes), N, W, padded(N));
-    launched("transpose");
+    launch_cast_value(at<fp8>(codes), value, format, N * W);
+    launch_transpose_value(at<fp8>(codes_t), at<fp8>(codes), N, W);
 }
 
 // ---- 2. Static scaling: the code is written where the value is made ---------------------------------------
@@ -56,10 +46,10 @@ static __global__ void activation_codes(fp8* q, const bf16* h, const bf16* dg, F
 static void run2(void) {
     const unsigned blocks = (unsigned)div_up(N * W, THREADS);
     const Format format = dg ? E5M2 : E4M3;
-    activation_codes<<<blocks, THREADS, 0, stream>>>(at<fp8>(codes), at<bf16>(h), at<bf16>(dg), format, N * W);
+    activation_codes<<<blocks, THREADS, 0, stream>>>(at<fp8>(codes), at<bf16>(h), at<bf16>(dg), format,
+                                                     N * W);
     launched("codes");
-    transpose_value<<<blocks, THREADS, 0, stream>>>(at<fp8>(codes_t), at<fp8>(codes), N, W, padded(N));
-    launched("transpose");
+    launch_transpose_value(at<fp8>(codes_t), at<fp8>(codes), N, W);
 }
 
 // ---- 3. Sixteen values a thread ---------------------------------------------------------------------------
@@ -76,30 +66,11 @@ static __global__ void activation_codes16(fp8* q, const bf16* h, const bf16* dg,
         x[k] = round_s<bf16>(dg ? d[k] * activation_slope(x[k], GELU) : activate(x[k], GELU));
     store_fp8(q + i, x, format);
 }
-static __global__ void transpose_tile(fp8* qt, const fp8* q, long N, long W, long Np) {
-    __shared__ fp8 tile[TILE][TILE + 4];
-    const long row0 = (long)blockIdx.y * TILE, col0 = (long)blockIdx.x * TILE;
-    const long n = row0 + tile_row(), w = col0 + tile_col();
-    if (n < N && w < W) {
-        const uint4 bits = *(const uint4*)(q + n * W + w);
-        memcpy(&tile[tile_row()][tile_col()], &bits, 16);
-    }
-    __syncthreads();
-    const long column = col0 + tile_row(), first = row0 + tile_col();
-    if (column >= W) return;
-    if (first + 16 <= N) {
-        uint4 bits;
-        for (int i = 0; i < 16; i++) ((fp8*)&bits)[i] = tile[tile_col() + i][tile_row()];
-        store_bits(qt + column * Np + first, bits);
-    } else
-        for (int i = 0; first + i < N; i++) qt[column * Np + first + i] = tile[tile_col() + i][tile_row()];
-}
 static void run3(void) {
     activation_codes16<<<(unsigned)div_up(N * W, 16 * THREADS), THREADS, 0, stream>>>(
         at<fp8>(codes), at<bf16>(h), at<bf16>(dg), dg ? E5M2 : E4M3, N * W);
     launched("codes");
-    transpose_tile<<<tiles(N, W), THREADS, 0, stream>>>(at<fp8>(codes_t), at<fp8>(codes), N, W, padded(N));
-    launched("transpose");
+    launch_transpose_tile(at<fp8>(codes_t), at<fp8>(codes), N, W);
 }
 
 // ---- 4. train_us.cu's: the tile is transposed before it leaves the chip -----------------------------------
@@ -125,7 +96,8 @@ static void open_forward(const long* shape) { open_case(shape, false); }
 static void open_backward(const long* shape) { open_case(shape, true); }
 
 static const Version VERSIONS[] = {
-    {"a thread a value; value, cast, transposition apart", run1, "activation_value cast_value transpose_value"},
+    {"a thread a value; value, cast, transposition apart", run1,
+     "activation_value cast_value transpose_value"},
     {"the code is written where the value is made", run2, "activation_codes transpose_value"},
     {"16 values a thread; tiles transposed on chip", run3, "activation_codes16 transpose_tile"},
     {"one kernel writes both layouts", run4, "activation_kernel"},

@@ -1,0 +1,47 @@
+// steps.h: what a first version does in kernels of their own, and later versions do on the way.
+#pragma once
+#include "bench.h"
+
+static __global__ void cast_value(fp8* q, const bf16* x, Format format, long n) {  // a thread a value
+    const long i = (long)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) q[i] = (fp8)to_fp8x2((float)x[i], 0.0f, format);
+}
+static void launch_cast_value(fp8* q, const bf16* x, Format format, long n) {
+    cast_value<<<(unsigned)div_up(n, THREADS), THREADS, 0, stream>>>(q, x, format, n);
+    launched("cast");
+}
+
+// (N,W) codes to (W,Np). Neighbours read side by side and write Np bytes apart: 32 bytes move for each one.
+static __global__ void transpose_value(fp8* qt, const fp8* q, long N, long W, long Np) {
+    const long i = (long)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < N * W) qt[i % W * Np + i / W] = q[i];
+}
+static void launch_transpose_value(fp8* qt, const fp8* q, long N, long W) {
+    transpose_value<<<(unsigned)div_up(N * W, THREADS), THREADS, 0, stream>>>(qt, q, N, W, padded(N));
+    launched("transpose");
+}
+
+// The same by tiles of 64 x 64 in shared memory: both sides move in runs of 16 bytes and more. W is a
+// multiple of 16.
+static __global__ void transpose_tile(fp8* qt, const fp8* q, long N, long W, long Np) {
+    __shared__ fp8 tile[TILE][TILE + 4];
+    const long row0 = (long)blockIdx.y * TILE, col0 = (long)blockIdx.x * TILE;
+    const long n = row0 + tile_row(), w = col0 + tile_col();
+    if (n < N && w < W) {
+        const uint4 bits = *(const uint4*)(q + n * W + w);
+        memcpy(&tile[tile_row()][tile_col()], &bits, 16);
+    }
+    __syncthreads();
+    const long column = col0 + tile_row(), first = row0 + tile_col();
+    if (column >= W) return;
+    if (first + 16 <= N) {
+        uint4 bits;
+        for (int i = 0; i < 16; i++) ((fp8*)&bits)[i] = tile[tile_col() + i][tile_row()];
+        store_bits(qt + column * Np + first, bits);
+    } else
+        for (int i = 0; first + i < N; i++) qt[column * Np + first + i] = tile[tile_col() + i][tile_row()];
+}
+static void launch_transpose_tile(fp8* qt, const fp8* q, long N, long W) {
+    transpose_tile<<<tiles(N, W), THREADS, 0, stream>>>(qt, q, N, W, padded(N));
+    launched("transpose");
+}
