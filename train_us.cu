@@ -71,7 +71,7 @@ static void launched(const char* name) {
     profile->name[profile->n++] = name;
 }
 
-// ---- Sixteen bytes at a time, and tiles ------------------------------------------------------------------
+// ---- Sixteen bytes at a time, and tiles -------------------------------------------------------------------
 // As much as one load or store moves: 8 bf16 or 4 floats.
 template <class S> struct alignas(16) Pack {
     enum { N = 16 / sizeof(S) };
@@ -223,9 +223,20 @@ embedding_forward_kernel(Dest<S> x, const int* tokens, const float* wte, const f
     put_tile(x, tile, row0, col0, N);
 }
 
-// dwte[v] += scale * sum of dx over the rows whose token is v: order holds all rows, sorted by token, and
-// those of v are number starts[v] .. starts[v+1]-1. A block a token; its threads are groups of C/16, the
-// groups' sums are added in their order.
+// On the host: order holds all rows, sorted by token; those of v are number starts[v] .. starts[v+1]-1.
+static void sort_by_token(int* order, int* starts, const int* tokens, long N, long V) {  // (N), (V+1), (N)
+    memset(starts, 0, sizeof(int) * (size_t)(V + 1));
+    for (long n = 0; n < N; n++) starts[tokens[n]]++;
+    for (long v = 0, before = 0; v <= V; v++) {  // of each token, where the next of its rows goes
+        const int count = starts[v];
+        starts[v] = (int)before, before += count;
+    }
+    for (long n = 0; n < N; n++) order[starts[tokens[n]]++] = (int)n;
+    for (long v = V; v > 0; v--) starts[v] = starts[v - 1];  // each now stands at the next one's start
+    starts[0] = 0;
+}
+// dwte[v] += scale * sum of dx over the rows whose token is v. A block a token; its threads are groups of
+// C/16, the groups' sums are added in their order.
 template <class S> static __global__ void __launch_bounds__(THREADS)
 embedding_backward_kernel(float* dwte, const S* dx, const int* order, const int* starts, float scale,
                               long C) {
@@ -485,7 +496,7 @@ static void launch_activation(Dest<S> out, const S* h, const S* dg, Activation k
     launched(dg ? "activation backward" : "activation forward");
 }
 
-// ---- Attention -------------------------------------------------------------------------------------------
+// ---- Attention --------------------------------------------------------------------------------------------
 // FlashAttention-2 (Dao 2023, arXiv 2307.08691): no T x T matrix is ever stored. A block of threads keeps 64
 // rows of one head on chip and walks over the tiles of the other side.
 //   forward   S = Q K^T, P = softmax(S / sqrt(D)), Y = P V, with a running maximum and sum for the softmax.
@@ -997,6 +1008,18 @@ static __global__ void __launch_bounds__(THREADS) add_loss_kernel(Result* r, con
 // Sums of squares of the gradients, by chunks that never span two tensors.
 enum { CHUNK = 65536 };
 typedef struct { long offset, n; int tensor; } Chunk;
+static Chunk* chunks_of(const Model* m, int* count) {
+    Chunk* chunks = (Chunk*)alloc(sizeof(Chunk) * ((double)m->num_params / CHUNK + m->num_tensors + 1));
+    *count = 0;
+    for (int i = 0; i < m->num_tensors; i++) {
+        const long size = m->tensors[i].rows * m->tensors[i].cols;
+        for (long at = 0; at < size; at += CHUNK) {
+            const Chunk k = {m->tensors[i].offset + at, min_l(CHUNK, size - at), i};
+            chunks[(*count)++] = k;
+        }
+    }
+    return chunks;
+}
 static __global__ void __launch_bounds__(THREADS)
 norm_chunk_kernel(double* sums, const float* grads, const Chunk* chunks) {
     __shared__ double shared[32];
@@ -1729,15 +1752,7 @@ static void stage(const Model* m, int* to) {
     int *order = to + 2 * N, *starts = order + N;
     memcpy(to, m->inputs, sizeof(int) * (size_t)N);
     memcpy(to + N, m->targets, sizeof(int) * (size_t)N);
-    memset(starts, 0, sizeof(int) * (size_t)(V + 1));
-    for (long n = 0; n < N; n++) starts[m->inputs[n]]++;
-    for (long v = 0, before = 0; v <= V; v++) {  // of each token, where the next of its rows goes
-        const int count = starts[v];
-        starts[v] = (int)before, before += count;
-    }
-    for (long n = 0; n < N; n++) order[starts[m->inputs[n]]++] = (int)n;
-    for (long v = V; v > 0; v--) starts[v] = starts[v - 1];  // each now stands at the next one's start
-    starts[0] = 0;
+    sort_by_token(order, starts, m->inputs, N, V);
 }
 static void stage_step(Model* m, const Split* train, int* to) {
     gpu.staged_at = m->sequence;
@@ -1852,14 +1867,7 @@ static void gpu_open(Model* m) {
     CUDA(cudaMallocHost(&gpu.host_result, sizeof(Result)));
     CUDA(cudaMallocHost(&gpu.host_rates, sizeof(Rates)));
     if (m->grads) {
-        Chunk* chunks = (Chunk*)alloc(sizeof(Chunk) * ((double)m->num_params / CHUNK + m->num_tensors + 1));
-        for (int i = 0; i < m->num_tensors; i++) {
-            const long size = m->tensors[i].rows * m->tensors[i].cols;
-            for (long at = 0; at < size; at += CHUNK) {
-                const Chunk k = {m->tensors[i].offset + at, min_l(CHUNK, size - at), i};
-                chunks[gpu.num_chunks++] = k;
-            }
-        }
+        Chunk* chunks = chunks_of(m, &gpu.num_chunks);
         CUDA(cudaMemcpy(gpu.chunks, chunks, sizeof(Chunk) * (size_t)gpu.num_chunks, cudaMemcpyHostToDevice));
         free(chunks);
     }

@@ -175,6 +175,7 @@ typedef struct {
     long small[7][4], large[5][4];    // shapes, up to one of zeros
     int from_zero = 0;                // version 0 is a library's, to compare with
     void (*expect)(int version) = NULL;  // where versions do different things: sets what is expected of one
+    void (*collect)(void) = NULL;        // after a checked run: brings what is in work spaces into outputs
 } Kernel;
 static int number(const Kernel* k, int i) { return i + !k->from_zero; }  // of versions[i]
 // Set by open: the arithmetic, if it may be what limits, and the format of the product it is compared with;
@@ -246,6 +247,7 @@ static void check_version(const Kernel* k, int i, const char* shape) {
     }
     CUDA(cudaDeviceSynchronize());  // copies from the host are on another stream
     k->versions[i].run();
+    if (k->collect) k->collect();
     CUDA(cudaStreamSynchronize(stream));
     for (int j = 0; j < num_arrays && !*what; j++) what = wrong(&arrays[j]);
     if (*what) printf("  FAILED: %s, version %d,%s: %s\n", k->name, number(k, i), shape, what);
