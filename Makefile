@@ -157,7 +157,7 @@ sanitize_emu: test_us_emu_asan test_us_emu_race
 	./test_us_emu_race next not_finite
 
 clean:
-	rm -rf train_us train_us_emu train_us_cuda test_us test_us_sanitized test_us_emu test_us_emu_asan \
+	rm -rf $(basename $(wildcard dev/cuda/*.cu)) train_us train_us_emu train_us_cuda test_us test_us_sanitized test_us_emu test_us_emu_asan \
 	  test_us_emu_race test_us_cuda test_us_plain bench_us bench_gpu out .flags .flags_cuda .flags_emu
 
 .PHONY: all test test_emu train bench mutants sanitize sanitize_emu gpu bench_gpu_emu clean FORCE

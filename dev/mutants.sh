@@ -2,8 +2,8 @@
 # Breaks train_us.c or train_us.cu in named ways, one at a time, and runs the tests on each: every mutant must
 # be caught.
 #   make mutants            all of them         dev/mutants.sh WORD   those whose name contains WORD
-# A line below is: name | sed command that breaks it; those named gpu break train_us.cu, and run on the emulator,
-# with both orders of threads. Mutants are built without OpenMP, JOBS (2) at a time. EVERY=n OFFSET=k takes each
+# A line below is: name | sed command that breaks it; those named gpu break train_us.cu, those named lab a file of
+# dev/cuda, and run on the emulator, with both orders of threads. Mutants are built without OpenMP, JOBS (2) at a time. EVERY=n OFFSET=k takes each
 # n-th line only, and the GPU's first seven.
 cd "$(dirname "$0")/.." || exit 1
 CC=${CC:-cc} CXX=${CXX:-g++} JOBS=${JOBS:-2}
@@ -18,6 +18,10 @@ build() { # in the mutant's directory
     gpu*) sed -E -f "$here/dev/emu/cuda.sed" train_us.cu >cuda.cpp &&
           $CXX -std=gnu++17 -O1 -march=native -w -I"$here/dev/emu" -I. '-DUS_SOURCE="cuda.cpp"' -x c++ test_us.c \
               -x none "$dir/emu.o" -fopenmp -o test_us ;;
+    lab*) sed -E -f "$here/dev/emu/cuda.sed" train_us.cu >cuda.cpp && for f in dev/cuda/*; do
+              sed -E -f "$here/dev/emu/cuda.sed" "$f" >"${f##*/}"; done &&
+          $CXX -std=gnu++17 -O1 -march=native -w -I"$here/dev/emu" -I. '-DUS_SOURCE="cuda.cpp"' -DUS_KERNELS_ONLY -x c++ \
+              "${file##*/}" -x none "$dir/emu.o" -fopenmp -o test_us ;;
     *) $CC -std=gnu11 -O1 -w test_us.c -o test_us -lm ;;
     esac
 }
@@ -25,13 +29,18 @@ run() {
     # shellcheck disable=SC2086
     case $1 in
     gpu*) OMP_NUM_THREADS=1 timeout 120 ./test_us -x $GPU_TESTS && EMU_SEED=1 OMP_NUM_THREADS=1 timeout 120 ./test_us -x $GPU_TESTS ;;
+    lab*) OMP_NUM_THREADS=1 timeout 120 ./test_us check && EMU_SEED=1 OMP_NUM_THREADS=1 timeout 120 ./test_us check ;;
     *) timeout 120 ./test_us -x $TESTS ;;
     esac
 }
 mutant() { # name, sed command (none: the trainer as it is, which must survive)
     file=train_us.c
-    case $1 in gpu*) file=train_us.cu ;; esac
-    mkdir -p "$dir/$1/dev"
+    case $1 in
+    gpu*) file=train_us.cu ;;
+    lab*) file=dev/cuda/${1#lab_} file=${file%%:*}.cu ;;
+    esac
+    mkdir -p "$dir/$1/dev/cuda"
+    case $1 in lab*) cp dev/cuda/*.h "$dir/$1/dev/cuda/" ;; esac
     cp train_us.c train_us.cu test_us.c README.md "$dir/$1/" && cp dev/debug_state.safetensors "$dir/$1/dev/"
     sed -e "$2" $file >"$dir/$1/$file"
     if [ -n "$2" ] && cmp -s $file "$dir/$1/$file"; then
@@ -117,9 +126,17 @@ gpu: a step that is not finite is taken | s/if (update \&\& result->stop) return
 gpu: a block is not entered again | s/^            enter_block<S>(m, l, N);//
 gpu: weights are not cast after the step | s/copies_only ? -1.0f : t->lr_factor/-1.0f/
 gpu: attention sees the next token | s/rows_are_keys ? ahead < 0 : ahead > 0/rows_are_keys ? ahead < -1 : ahead > 1/
+lab gelu: codes of values that are not BF16 | s/fp8x2(round_s<bf16>(y)/fp8x2((y)/
+lab gelu: one value of sixteen is not rounded | s/for (int k = 0; k < 16; k++)$/for (int k = 1; k < 16; k++)/
+lab cast_transpose: the next maximum is of scaled values | s/fabsf(v\[k\])), v\[k\] \*= \*scale;/fabsf(v[k] *= *scale));/
+lab cast_transpose: barrier missing before the tile is read | s/^    __syncthreads();//
+lab embedding: a part is added twice | s/long k = blockIdx.x + 1; k \* RUN/long k = blockIdx.x + 0; k * RUN/
+lab embedding: a token's last row is left out | s/min(starts\[token + 1\], last);/min(starts[token + 1] - 1, last);\n        if (i == end) { i++; continue; }/
+lab optimizer: the weight is cast before its step | s/    for (int k = 0; k < 16; k++) wt\[k\] = stepped(wt\[k\]/    float old[16]; memcpy(old, wt, 64);\n    for (int k = 0; k < 16; k++) wt[k] = stepped(wt[k]/;s/wt\[k\] = round_s<bf16>(wt\[k\])/wt[k] = round_s<bf16>(old[k])/
+lab global_norm: a tensor too few | s/i < tensors; i++) {/i < tensors - 1; i++) {/
 MUTANTS
 cp out/emu.o "$dir/" || { echo "make out/emu.o first (make mutants does)"; exit 1; }
-for name in unbroken gpu_unbroken; do
+for name in unbroken gpu_unbroken lab_gelu:_unbroken; do
     case $(mutant $name "") in SURVIVED*) ;; *)
         echo "the unbroken trainer fails its tests:"; cat "$dir/$name/build.txt"; grep -E 'FAILED|emu:' "$dir/$name/log.txt"
         echo "0 passed, 1 failed"; exit 1 ;;

@@ -104,10 +104,13 @@ static void output_codes(Array** q, Array** qt, const float* values, long N, lon
     const long Np = padded(N);
     *q = output("codes", format, N * W, 1, share);
     *qt = output("codes transposed", format, W * Np, 1, share);
-    for (long i = 0; i < W * Np; i++) (*qt)->want[i] = NAN;
-    for (long n = 0; n < N; n++)
-        for (long w = 0; w < W; w++)
-            (*q)->want[n * W + w] = (*qt)->want[w * Np + n] = round_to(values[n * W + w], format);
+    #pragma omp parallel for
+    for (long w = 0; w < W; w++)
+        for (long n = 0; n < Np; n++) {
+            const float v = n < N ? round_to(values[n * W + w], format) : NAN;
+            (*qt)->want[w * Np + n] = v;
+            if (n < N) (*q)->want[n * W + w] = v;
+        }
 }
 // Where an array is in the copy that is used now; NULL for none.
 template <class X> static X* at(const Array* a) { return a ? (X*)(a->device + copy * a->stride) : NULL; }
@@ -138,8 +141,8 @@ static void arrays_upload(int several) {
         CUDA(cudaMalloc(&a->device, (size_t)(a->stride * copies)));
         CUDA(cudaMemset(a->device, several ? GUARD_BYTE : 0xFF, (size_t)(a->stride * copies)));
         for (int k = 0; k < copies && a->bits; k++)
-            CUDA(cudaMemcpy(a->device + k * a->stride, a->bits, (size_t)(a->n * a->size),
-                            cudaMemcpyHostToDevice));
+            CUDA(cudaMemcpy(a->device + k * a->stride, k ? a->device : a->bits, (size_t)(a->n * a->size),
+                            k ? cudaMemcpyDeviceToDevice : cudaMemcpyHostToDevice));
     }
     CUDA(cudaDeviceSynchronize());
 }
@@ -192,47 +195,54 @@ static float decode(const Array* a, const uint8_t* bits, long i) {
     return bits_float(u);
 }
 // The unit in the last place of values like x.
-static double unit_of(Format format, double x) {
-    int e = -126, bits = format == FP32 ? 23 : FORMATS[format].mantissa_bits;
-    frexp(x, &e);
-    const int least = format == FP32 ? -126 : FORMATS[format].min_exponent;
-    return ldexp(1, (e - 1 > least ? e - 1 : least) - bits);
+static float unit_of(Format format, float x) {
+    const int e = (int)(float_bits(x) >> 23 & 255) - 127, least = FORMATS[format].min_exponent;
+    return ldexpf(1, (e > least ? e : least) - FORMATS[format].mantissa_bits);
 }
-// "" or what is wrong with the array after a run. Values far below the others (1/64 of their root mean
-// square) are held to the unit there: sums of larger ones made them.
+// By how many units value i is off: 0 where nothing was to be written and nothing was, infinite where it was,
+// or where it is not finite. Values below `least` are held to the unit there.
+static double error_of(const Array* a, const uint8_t* got, long i, float least) {
+    const float want = a->want[i], x = decode(a, got, i);
+    if (isnan(want)) {
+        for (long k = i * a->size; k < (i + 1) * a->size; k++) if (got[k] != 0xFF) return (double)INFINITY;
+        return 0;
+    }
+    if (x == want) return 0;
+    const double error = fabs((double)x - want) / unit_of(a->format, fmaxf(fabsf(want), least));
+    return isnan(error) ? (double)INFINITY : error;
+}
+// "" or what is wrong with the array after a run. Values far below the others, 1/64 of their root mean
+// square, are held to the unit there: sums of larger ones made them.
 static const char* wrong(const Array* a) {
     const long bytes = a->n * a->size;
     uint8_t* got = (uint8_t*)alloc((double)a->stride);
-    double square = 0, worst = 0, differ = 0;
-    long count = 0, worst_at = -1;
+    double square = 0, worst = 0, count = 0, differ = 0;
     const char* what = "";
     CUDA(cudaMemcpy(got, a->device + copy * a->stride, (size_t)a->stride, cudaMemcpyDeviceToHost));
     for (long i = bytes; i < a->stride && !*what; i++)
         if (got[i] != GUARD_BYTE) what = form("%s: byte %ld beyond its end was written", a->name, i - bytes);
     if (a->role == INPUT && memcmp(got, a->bits, (size_t)bytes) != 0)
         what = form("%s, an input, changed", a->name);
-    for (long i = 0; i < a->n && a->want; i++)
+    const long n = a->want ? a->n : 0;
+    #pragma omp parallel for reduction(+ : square, count)
+    for (long i = 0; i < n; i++)
         if (!isnan(a->want[i])) square += (double)a->want[i] * a->want[i], count++;
-    const double least = a->size > 1 ? sqrt(square / (double)(count ? count : 1)) / 64 : 0;
-    for (long i = 0; i < a->n && a->want && !*what; i++) {
-        const float want = a->want[i], x = decode(a, got, i);
-        if (isnan(want)) {
-            for (long k = i * a->size; k < (i + 1) * a->size; k++)
-                if (got[k] != 0xFF) what = form("%s[%ld] is padding and was written", a->name, i);
-            continue;
-        }
-        const double unit = unit_of(a->format, fmax(fabs(want), least));
-        const double error = x == want ? 0 : fabs((double)x - want) / unit;
-        differ += x != want;
-        if (!(error <= worst)) worst = error, worst_at = i;
-        if (!isfinite(x)) what = form("%s[%ld] is %g, not %g", a->name, i, (double)x, (double)want);
+    const float least = a->size > 1 && count > 0 ? (float)sqrt(square / count) / 64 : 0;
+    #pragma omp parallel for reduction(max : worst) reduction(+ : differ)
+    for (long i = 0; i < n; i++) {
+        const double error = error_of(a, got, i, least);
+        worst = error > worst ? error : worst, differ += error != 0;
     }
-    if (!*what && !(worst <= a->units))
-        what = form("%s[%ld] is %g, not %g: %.3g units, %g allowed", a->name, worst_at,
-                    (double)decode(a, got, worst_at), (double)a->want[worst_at], worst, a->units);
-    if (!*what && !(differ <= a->share * (double)count + (a->share > 0 ? 2 : 0)))
-        what = form("%s: %.2f %% of the values differ, %.2f %% allowed", a->name,
-                    100 * differ / (double)count, 100 * a->share);
+    if (!*what && !(worst <= a->units)) {
+        long i = 0;
+        while (error_of(a, got, i, least) < worst) i++;
+        what = isnan(a->want[i]) ? form("%s[%ld] is padding and was written", a->name, i)
+                                 : form("%s[%ld] is %g, not %g: %.3g units, %g allowed", a->name, i,
+                                        (double)decode(a, got, i), (double)a->want[i], worst, a->units);
+    }
+    if (!*what && !(differ <= a->share * count + (a->share > 0 ? 2 : 0)))
+        what = form("%s: %.2f %% of the values differ, %.2f %% allowed", a->name, 100 * differ / count,
+                    100 * a->share);
     free(got);
     return what;
 }

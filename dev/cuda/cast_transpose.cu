@@ -130,6 +130,7 @@ static void expect(int version) {
     for (long i = 0; i < N * W; i++) max = fmaxf(max, fabsf(x->value[i]));
     if (version <= 2) s = 448.0f / max;
     if (version == 3) s = history->value[0];
+    #pragma omp parallel for
     for (long n = 0; n < N; n++)
         for (long w = 0; w < W; w++)
             codes->want[n * W + w] = codes_t->want[w * padded(N) + n] =

@@ -70,7 +70,14 @@ struct Block {
 };
 static __thread Block *b;                           // this host thread's, the same for all launches
 static bool working;
-static int setting(const char *name, int otherwise) { return getenv(name) ? atoi(getenv(name)) : otherwise; }
+static int setting(const char *name, int otherwise) {
+    const char *text = getenv(name);
+    char *end;
+    const long value = text ? strtol(text, &end, 10) : otherwise;
+    if (!text || (*text && !*end && value >= 0 && value <= INT32_MAX)) return (int)value;
+    fprintf(stderr, "emu: %s=%s: a number is wanted there\n", name, text);
+    exit(1);
+}
 
 void say_where() {
     fprintf(stderr, "emu: ");
