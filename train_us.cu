@@ -955,33 +955,44 @@ static void attention_backward_gpu(Dest<S> dqkv, float* delta, const S* dy, cons
 
 // ---- Loss -------------------------------------------------------------------------------------------------
 // Cross-entropy of a row of logits, a block a row; with want_gradient the logits become their own gradient,
-// scale (softmax - onehot) and zero in the padded columns V..Vp-1. See loss_forward_backward on scale.
+// scale (softmax - onehot) and zero in the padded columns V..Vp-1. See loss_forward_backward on scale. A loop
+// has few instructions for each logit, for memory leaves time for few: e^x is a power of 2, the division is
+// done once a row, and padded columns are read as -inf, which changes no maximum and whose power is 0.
 template <class S> static __global__ void __launch_bounds__(512)
-loss_kernel(float* losses, S* logits, const int* targets, int want_gradient, float scale, long V, long Vp) {
+loss_kernel(float* losses, S* logits, const int* targets, int want_gradient, float scale, int V, int Vp) {
+    enum { P = Pack<S>::N };
     __shared__ float shared[32];
     S* z = logits + (long)blockIdx.x * Vp;
-    const int target = targets[blockIdx.x];
-    float max = -INFINITY, sum = 0;  // of exp(z - max), as seen by this thread so far
-    for (long v = (long)threadIdx.x * Pack<S>::N; v < V; v += (long)blockDim.x * Pack<S>::N) {
+    const int target = targets[blockIdx.x], first = (int)threadIdx.x * P, step = (int)blockDim.x * P;
+    float x[P], max = -FLT_MAX,
+                sum = 0;  // sum of e^(z - max), as seen by this thread so far; max is never -inf
+    auto read = [&](int v) {
         const Pack<S> p = *(const Pack<S>*)(z + v);
+        for (int i = 0; i < P; i++) x[i] = (float)p.v[i];
+        if (v + P > V)
+            for (int i = 0; i < P; i++) if (v + i >= V) x[i] = -INFINITY;
+    };
+    for (int v = first; v < Vp; v += step) {
         float most = max;
-        for (int i = 0; i < Pack<S>::N && v + i < V; i++) most = fmaxf(most, (float)p.v[i]);
-        if (most > max) sum *= fast_exp(max - most);
-        for (int i = 0; i < Pack<S>::N && v + i < V; i++)  // where all are -inf so far, they add nothing
-            sum += most == -INFINITY && (float)p.v[i] == most ? 0.0f : fast_exp((float)p.v[i] - most);
+        read(v);
+        for (int i = 0; i < P; i++) most = fmaxf(most, x[i]);
+        if (most > max) sum *= exp2_fast((max - most) * LOG2E);
+        for (int i = 0; i < P; i++) sum += exp2_fast((x[i] - most) * LOG2E);
         max = most;
     }
     const float most = block_max(max, shared);
-    sum = block_sum(max == most ? sum : sum * fast_exp(max - most), shared);
+    sum = block_sum(max == most ? sum : sum * exp2_fast((max - most) * LOG2E), shared);
     if (threadIdx.x == 0) losses[blockIdx.x] = logf(sum) + most - (float)z[target];
     __syncthreads();  // the target's logit is read before anyone writes
     if (!want_gradient) return;
-    for (long v = (long)threadIdx.x * Pack<S>::N; v < Vp; v += (long)blockDim.x * Pack<S>::N) {
-        Pack<S> p = *(const Pack<S>*)(z + v);
-        for (int i = 0; i < Pack<S>::N; i++) {
-            float d = v + i < V ? scale * (fast_exp((float)p.v[i] - most) / sum) : 0.0f;
-            p.v[i] = (S)(v + i == target ? d - scale : d);
-        }
+    const float factor = scale / sum;
+    for (int v = first; v < Vp; v += step) {
+        Pack<S> p;
+        read(v);
+        for (int i = 0; i < P; i++) x[i] = factor * exp2_fast((x[i] - most) * LOG2E);
+        if (v <= target && target < v + P)
+            for (int i = 0; i < P; i++) if (v + i == target) x[i] -= scale;
+        for (int i = 0; i < P; i++) p.v[i] = (S)x[i];
         *(Pack<S>*)(z + v) = p;
     }
 }
@@ -989,7 +1000,8 @@ template <class S>
 static void launch_loss(float* losses, S* logits, const int* targets, int want_gradient, float scale, long N,
                         long V, long Vp) {
     const int threads = (int)min_l(512, div_up(Vp, 32 * Pack<S>::N) * 32);
-    loss_kernel<S><<<(unsigned)N, threads, 0, stream>>>(losses, logits, targets, want_gradient, scale, V, Vp);
+    loss_kernel<S><<<(unsigned)N, threads, 0, stream>>>(losses, logits, targets, want_gradient, scale, (int)V,
+                                                    (int)Vp);
     launched("loss");
 }
 

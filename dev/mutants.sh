@@ -121,7 +121,7 @@ gpu: dW does not accumulate | s/const float beta = (float)add;/const float beta 
 gpu: the skip is not weighted | s/v\[i\] += a \* g\[i\];/v[i] += g[i];/
 gpu: gain and bias gradients swapped | s/bias ? d\[i\] : d\[i\] \* v\[i\]/bias ? d[i] * v[i] : d[i]/
 gpu: half a row's sum | s/return x + __shfl_xor_sync(~0u, x, 2);/return x;/
-gpu: padded logits have gradients | s/float d = v + i < V ? scale/float d = v + i < Vp ? scale/
+gpu: padded logits have gradients | s/if (v + P > V)/if (0)/
 gpu: a step that is not finite is taken | s/if (update \&\& result->stop) return;//
 gpu: a block is not entered again | s/^            enter_block<S>(m, l, N);//
 gpu: weights are not cast after the step | s/copies_only ? -1.0f : t->lr_factor/-1.0f/

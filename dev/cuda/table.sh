@@ -48,7 +48,13 @@ awk -F'\t' -v results="$results" '
 {
     sed '/^<!-- table -->$/q' README.md
     if [ -n "$results" ]; then echo "Times: $(sed -n '1s/^# Kernels on //p' "$results"), the first large shape of \`$results\`."
-    else echo "Nothing was measured yet: no times."; fi
+    else cat <<'END'
+**Nothing here has been timed on a GPU yet.** All versions are checked on the emulator and compiled by nvcc for sm_90
+and sm_80; which of two versions is faster, whether a candidate replaces what ships, and how far each is from its
+floor are open until `make bench` has run.
+
+END
+    fi
     echo "Registers: of each function, in order, for sm_90 by $(nvcc --version | sed -n 's/.*release \([0-9.]*\).*/CUDA \1/p')."
     printf '\n| kernel and version | registers | us | GB/s or TFLOP/s | of the floor | speed |\n|---|---|---|---|---|---|\n'
     cat "$work/rows"

@@ -45,6 +45,7 @@ EMU_LT(MatmulDescSetAttribute(emu_lt *x, cublasLtMatmulDescAttributes_t a, const
        memcpy(&x->set[a], p, n))
 
 namespace emu {
+enum { PROPOSALS = 3 };                              // ways to compute a product: by name only
 struct Problem {                                     // column-major: D (m,n) = alpha A (m,k) B (k,n) + beta C
     emu_lt d, A, B, C, D;
     bool ta = d.set[CUBLASLT_MATMUL_DESC_TRANSA], tb = d.set[CUBLASLT_MATMUL_DESC_TRANSB];
@@ -125,16 +126,18 @@ inline void multiply(const Problem &p, float alpha, float beta, const void *A, c
 } // namespace emu
 inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(emu_lt *, emu_lt *d, emu_lt *A, emu_lt *B, emu_lt *C,
         emu_lt *D,
-        emu_lt *preference, int, cublasLtMatmulHeuristicResult_t *result, int *found) {
+        emu_lt *preference, int asked, cublasLtMatmulHeuristicResult_t *result, int *found) {
     const emu::Problem p = {*d, *A, *B, *C, *D};
     const char *why = emu::refusal(p);
-    *found = !why;
+    *found = why ? 0 : std::min(asked, (int)emu::PROPOSALS);
     if (why) return emu::refuse(why, p);
     // Takes it all
     const size_t bytes = preference ? preference->set[CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES] : 0;
     // What suits one problem does not suit another
     const uint64_t types = A->type << 16 | B->type << 8 | D->type;
-    *result = {{{(uint64_t)p.m, (uint64_t)p.n, (uint64_t)p.k, types, bytes}}, bytes, CUBLAS_STATUS_SUCCESS};
+    for (int i = 0; i < *found; i++)
+        result[i] = {{{(uint64_t)p.m, (uint64_t)p.n, (uint64_t)p.k, types, bytes, (uint64_t)i}}, bytes,
+                     CUBLAS_STATUS_SUCCESS};
     return CUBLAS_STATUS_SUCCESS;
 }
 inline cublasStatus_t cublasLtMatmul(emu_lt *lt, emu_lt *d, const void *alpha, const void *A, emu_lt *la,

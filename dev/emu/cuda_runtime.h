@@ -151,8 +151,13 @@ unsigned atomicAdd(unsigned *p, unsigned v);
 float atomicAdd(float *p, float v);
 template <class T> EMU_INLINE T __ldg(const T *p) { return *p; }
 template <class T> EMU_INLINE T __ldcs(const T *p) { return *p; }
-template <class T> EMU_INLINE void __stwb(T *p, std::common_type_t<T> v) { *p = v; }
-template <class T> EMU_INLINE void __stcs(T *p, std::common_type_t<T> v) { *p = v; }
+// These compile to st.global, which on a GPU takes a shared address for another one.
+template <class T> EMU_INLINE void emu_store_global(T *p, T v, const char *name) {
+    if (emu::in_shared(p, sizeof v)) EMU_FAIL("%s to shared memory: it stores to global memory only", name);
+    *p = v;
+}
+template <class T> EMU_INLINE void __stwb(T *p, std::common_type_t<T> v) { emu_store_global(p, v, "__stwb"); }
+template <class T> EMU_INLINE void __stcs(T *p, std::common_type_t<T> v) { emu_store_global(p, v, "__stcs"); }
 template <class A, class B> std::common_type_t<A, B> min(A a, B b) { return b < a ? b : a; }
 template <class A, class B> std::common_type_t<A, B> max(A a, B b) { return a < b ? b : a; }
 #define __float_as_uint(x) float_bits(x)            // of train_us.c

@@ -14,7 +14,7 @@ typedef __nv_bfloat16 bf16;
 enum Bug { NONE, NO_SYNC_REDUCE, NO_SYNC_TILE, NO_SYNCWARP, UNWRITTEN, OFF_BY_ONE, OFF_BY_ONE_SHARED,
         MISALIGNED,
            BEFORE_WAIT, NO_SYNC_AFTER_WAIT, TWO_BARRIERS, LEFT_BARRIER, SHUFFLE_OUTSIDE, SHUFFLE_GONE,
-           SHUFFLE_SPLIT, HOST_POINTER, BLOCKS_RACE, HOST_TOUCHES };
+           SHUFFLE_SPLIT, HOST_POINTER, BLOCKS_RACE, HOST_TOUCHES, GLOBAL_STORE };
 static int bug = NONE, passed, failed;
 static void check(bool ok, const std::string &what) {
     printf("%-60s %s\n", what.c_str(), ok ? "ok" : "FAIL");
@@ -279,9 +279,10 @@ struct Call {  // column-major: D (m,n) = A (m,k) B (k,n), or their transposes
     const float *scale = nullptr;
     cudaStream_t stream = 0;
     int given = 1024, shift = 0, stale = 0;  // workspace: bytes, and how late it starts; stale: the last algo
+    int proposal = 0;                        // of the eight that are asked for
 };
 static bool multiply_lt(const Call &c) {
-    static cublasLtMatmulHeuristicResult_t result, last;
+    static cublasLtMatmulHeuristicResult_t result, last, proposals[8];
     cublasLtMatmulDesc_t desc;
     cublasLtMatrixLayout_t la, lb, ld;
     cublasLtMatmulPreference_t preference;
@@ -298,8 +299,10 @@ static bool multiply_lt(const Call &c) {
     cublasLtMatrixLayoutCreate(&ld, c.td, c.m, c.n, c.m);
     cublasLtMatmulPreferenceCreate(&preference);
     cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &promised, 8);
-    cublasStatus_t s = cublasLtMatmulAlgoGetHeuristic(lt, desc, la, lb, ld, ld, preference, 1, &result,
+    cublasStatus_t s = cublasLtMatmulAlgoGetHeuristic(lt, desc, la, lb, ld, ld, preference, 8, proposals,
             &found);
+    result = proposals[c.proposal];
+    if (found <= c.proposal) s = CUBLAS_STATUS_NOT_SUPPORTED;
     if (s == CUBLAS_STATUS_SUCCESS)
         s = cublasLtMatmul(lt, desc, &alpha, c.A, la, c.B, lb, &beta, c.D, ld, c.D, ld,
                            c.stale ? &last.algo : &result.algo, workspace + c.shift, c.given, c.stream);
@@ -331,8 +334,11 @@ static void test_cublas() {
           "cublasLt: bf16, NT, to bf16");
     check(right({f, CUDA_R_32F, w32, CUDA_R_32F, 1, x32, CUDA_R_32F, 1, m, n, k}, w, k, 1, 1, n, 1e-5),
           "cublasLt: fp32, TT");
-    for (float &v : w) v *= 2;
     Call c = fp8;
+    c.proposal = 2;
+    check(right(c, w, k, 1, k, 1, 1e-2), "cublasLt: the third proposal");
+    for (float &v : w) v *= 2;
+    c = fp8;
     c.scale = scale;
     check(right(c, w, k, 1, k, 1, 1e-2), "cublasLt: a scale in device memory");
     auto refused = [&](const char *what,
@@ -347,6 +353,7 @@ static void test_cublas() {
     refused("less workspace than promised", (c = fp8, c.given = 512, c));
     refused("a misaligned workspace", (c = fp8, c.shift = 16, c));
 #ifndef __CUDACC__                                   // on a GPU these are errors later, or not at all
+    refused("more proposals than there are", (c = fp8, c.proposal = 3, c));
     refused("a scale on the host", (c = fp8, c.scale = &two[0], c));
     refused("an operand on the host", (c = fp8, c.A = w.data(), c));
     refused("D that ends too early", (c = fp8, c.n = 48, c.B = room<char>(48 * k), c));
@@ -436,6 +443,8 @@ static __global__ void warp_operations(int *out, float *sum, int bug) {
     for (int i = 0; i < 8; i++) out[(blockIdx.x * blockDim.x + threadIdx.x) * 8 + i] = r[i];
 }
 static __global__ void barriers(int *counter, int bug) {
+    __shared__ int here;
+    __stwb(bug == GLOBAL_STORE && threadIdx.x == 0 ? &here : counter + 1 + blockIdx.x * 128 + threadIdx.x, 1);
     if (bug == LEFT_BARRIER && threadIdx.x >= 64) return;
     if (bug == TWO_BARRIERS && threadIdx.x < 64) {
         __syncthreads();
@@ -447,7 +456,7 @@ static __global__ void barriers(int *counter, int bug) {
     else atomicAdd(counter, 1);
 }
 static void test_warps() {
-    int *out = room<int>(64 * 8), *counter = room<int>(1), count = 0, got[64 * 8];
+    int *out = room<int>(64 * 8), *counter = room<int>(1 + 10 * 128), count = 0, got[64 * 8];
     float *sum = room<float>(1);
     CUDA(cudaMemset(sum, 0, sizeof(float)));
     CUDA(cudaMemset(counter, 0, sizeof(int)));
@@ -488,7 +497,7 @@ static const struct { const char *name, *words; } BUGS[] = {      // as in enum 
             {"shuffle_gone", "left the kernel"},
     {"shuffle_split", "the warp is split"}, {"host_pointer", "which is no device memory"},
             {"blocks_race", RACE},
-    {"host_touches", TOUCH}};
+    {"host_touches", TOUCH}, {"global_store", "it stores to global memory only"}};
 static void test_bug(const char *self, int i) {
     std::string found;
     for (int seed = 0; seed < 2 && found.empty(); seed++) {
