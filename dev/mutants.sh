@@ -133,6 +133,15 @@ lab cast_transpose: barrier missing before the tile is read | s/^    __syncthrea
 lab embedding: a part is added twice | s/long k = blockIdx.x + 1; k \* RUN/long k = blockIdx.x + 0; k * RUN/
 lab embedding: a token's last row is left out | s/min(starts\[token + 1\], last);/min(starts[token + 1] - 1, last);\n        if (i == end) { i++; continue; }/
 lab optimizer: the weight is cast before its step | s/    for (int k = 0; k < 16; k++) wt\[k\] = stepped(wt\[k\]/    float old[16]; memcpy(old, wt, 64);\n    for (int k = 0; k < 16; k++) wt[k] = stepped(wt[k]/;s/wt\[k\] = round_s<bf16>(wt\[k\])/wt[k] = round_s<bf16>(old[k])/
+lab layernorm_residual: the row's sum by half a warp | s/for (int i = 16; i; i \/= 2) v += /for (int i = 8; i; i \/= 2) v += /
+lab layernorm_residual: a band is read before it is there | s/^    copy_wait();//
+lab layernorm_residual: barrier missing before dx takes the place of sum | /^static __global__ void __launch_bounds__(512) backward_band/,/^}/{/averages + r, row0/{n;s/__syncthreads();//}}
+lab classifier: the target's logit is read after it was written | /^loss_online/,/^}/s/^    __syncthreads();//
+lab classifier: padded columns take part | s/shared\[v + i\] = (bf16)-INFINITY/shared[v + i] = (bf16)0.0f/
+lab linear_fp8: dW without its padding | s/of(dyt, Np, 1), of(xt, Np, 1), O, I, Np, fast/of(dyt, Np, 1), of(xt, Np, 1), O, I, N \& -16, fast/
+lab linear_fp8: codes of E5M2 read as E4M3 | s/a->format == E4M3 ? CUDA_R_8F_E4M3/a->size == 1 ? CUDA_R_8F_E4M3/
+lab matmul_fp8: fragments of b swapped | s/y\[j \/ 2\]\[j % 2 \* 2\], y\[j \/ 2\]\[j % 2 \* 2 + 1\]/y[j \/ 2][j % 2 * 2 + 1], y[j \/ 2][j % 2 * 2]/
+lab matmul_fp8: a stage is read before it is there | s/cp_async_wait(STAGES - 2)/cp_async_wait(STAGES - 1)/
 lab global_norm: a tensor too few | s/i < tensors; i++) {/i < tensors - 1; i++) {/
 MUTANTS
 cp out/emu.o "$dir/" || { echo "make out/emu.o first (make mutants does)"; exit 1; }
