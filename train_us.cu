@@ -592,6 +592,7 @@ template <int D> __device__ static inline int chunk(int row, int c) {
 template <int D, int N>
 __device__ static inline void load_tile(bf16* to, const bf16* from, int stride, int left) {
     const int c = threadIdx.x % (D / 8);
+    #pragma unroll
     for (int r = threadIdx.x / (D / 8); r < N; r += MMA_THREADS / (D / 8))
         copy_async<16>(to + chunk<D>(r, c), from + r * stride + c * 8, r < left);
 }

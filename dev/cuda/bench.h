@@ -335,11 +335,12 @@ static void bench_shape(const Kernel* k, const char* shape, int only) {
         bytes += (double)(arrays[i].n * arrays[i].size) * (arrays[i].role == UPDATED ? 2 : 1);
     const double product = rates_of.product[floor_format], memory = bytes / rates_of.copy;
     const double arithmetic = floor_flops > 0 && product > 0 ? floor_flops / product : 0;
-    const int flops = arithmetic > memory;
-    const double least = flops ? arithmetic : memory, work = flops ? floor_flops : bytes;
-    printf("\n### %s:%s\n\nFloor: %.1f us, for %.1f %s\n\n| | version | us | %s | of the floor | speed |\n"
-           "|---|---|---|---|---|---|\n", k->name, shape, least * 1e6, work * (flops ? 1e-9 : 1e-6),
-           flops ? "GFLOP" : "MB", flops ? "TFLOP/s" : "GB/s");
+    const int flops = floor_flops > 0;
+    const double least = fmax(arithmetic, memory), work = flops ? floor_flops : bytes;
+    printf("\n### %s:%s\n\nFloor: %.1f us for %.1f MB", k->name, shape, memory * 1e6, bytes * 1e-6);
+    if (flops) printf(", %.1f us for %.1f GFLOP", arithmetic * 1e6, floor_flops * 1e-9);
+    printf("\n\n| | version | us | %s | of the floor | speed |\n|---|---|---|---|---|---|\n",
+           flops ? "TFLOP/s" : "GB/s");
     for (int i = 0; k->versions[i].run; i++) {
         const Version* v = &k->versions[i];
         if (!wanted(k, i, only)) continue;
