@@ -959,7 +959,7 @@ static void attention_backward_gpu(Dest<S> dqkv, float* delta, const S* dy, cons
 // scale (softmax - onehot) and zero in the padded columns V..Vp-1. See loss_forward_backward on scale. A loop
 // has few instructions for each logit, for memory leaves time for few: e^x is a power of 2, the division is
 // done once a row, and padded columns are read as -inf, which changes no maximum and whose power is 0.
-template <class S> static __global__ void __launch_bounds__(512)
+template <class S> static __global__ void __launch_bounds__(1024, 2)
 loss_kernel(float* losses, S* logits, const int* targets, int want_gradient, float scale, int V, int Vp) {
     enum { P = Pack<S>::N };
     __shared__ float shared[32];
@@ -1000,7 +1000,9 @@ loss_kernel(float* losses, S* logits, const int* targets, int want_gradient, flo
 template <class S>
 static void launch_loss(float* losses, S* logits, const int* targets, int want_gradient, float scale, long N,
                         long V, long Vp) {
-    const int threads = (int)min_l(512, div_up(Vp, 32 * Pack<S>::N) * 32);
+    // As many as a block can have: two rows of 100 KB a processor are 26 MB of an H100's 50 MB of L2 cache,
+    // in which the second reading finds them; four of 512 threads would be more than it holds.
+    const int threads = (int)min_l(1024, div_up(Vp, 32 * Pack<S>::N) * 32);
     loss_kernel<S><<<(unsigned)N, threads, 0, stream>>>(losses, logits, targets, want_gradient, scale, (int)V,
                                                     (int)Vp);
     launched("loss");

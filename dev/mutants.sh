@@ -142,6 +142,11 @@ lab linear_fp8: dW without its padding | s/of(dyt, Np, 1), of(xt, Np, 1), O, I, 
 lab linear_fp8: codes of E5M2 read as E4M3 | s/a->format == E4M3 ? CUDA_R_8F_E4M3/a->size == 1 ? CUDA_R_8F_E4M3/
 lab matmul_fp8: fragments of b swapped | s/y\[j \/ 2\]\[j % 2 \* 2\], y\[j \/ 2\]\[j % 2 \* 2 + 1\]/y[j \/ 2][j % 2 * 2 + 1], y[j \/ 2][j % 2 * 2]/
 lab matmul_fp8: a stage is read before it is there | s/cp_async_wait(STAGES - 2)/cp_async_wait(STAGES - 1)/
+lab attention_forward: the second 64 queries see later keys | s/if (j >= first + f) hide/if (j >= first + 1) hide/
+lab attention_forward: the next tiles overwrite those in use | s/at = (j + 1) % 2 \* SIZE/at = j % 2 * SIZE/
+lab attention_forward: a row of V is swapped with its neighbour | s/b\[0\] | (uint32_t)b\[D\] << 16/b[D] | (uint32_t)b[0] << 16/
+lab attention_backward: dS is used before all of it is there | s/^    __syncthreads();  \/\/ all keys are there.*//
+lab attention_backward: dK of a pair of tiles from one | s/ds\[f\]\[n\]\[i\] = p\[f\]\[n\]\[i\]/ds[f][n][i] = p[0][n][i]/
 lab global_norm: a tensor too few | s/i < tensors; i++) {/i < tensors - 1; i++) {/
 MUTANTS
 cp out/emu.o "$dir/" || { echo "make out/emu.o first (make mutants does)"; exit 1; }

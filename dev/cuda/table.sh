@@ -18,6 +18,7 @@ done
 awk -F'\t' -v results="$results" '
     function registers(functions,   n, f, i, out) {
         n = split(functions, f, " ")
+        if (n == 0) return "cuBLASLt"
         for (i = 1; i <= n; i++) out = out (i > 1 ? ", " : "") (f[i] in used ? used[f[i]] : "–")
         return out
     }
