@@ -16,7 +16,7 @@ WIDE   := $(if $(filter x86_64,$(shell uname -m)),-mprefer-vector-width=512)
 # Two of -ffast-math's members that change no result here: nobody reads floating-point exceptions or errno.
 # The rest of it stays off: it would let NaN pass the tests.
 FLOATS := -fno-trapping-math -fno-math-errno -ffp-contract=fast
-WARN    = -Wall -Wextra -Wno-unknown-pragmas -Wno-pass-failed $(WERROR)
+WARN    = -Wall -Wextra -Wno-unknown-pragmas $(if $(findstring clang,$(CC)),-Wno-pass-failed) $(WERROR)
 
 # OpenMP where it is there: gcc has it, clang may lack its library, Apple's clang finds it with Homebrew's libomp.
 BREW   := $(wildcard /opt/homebrew/opt/libomp /usr/local/opt/libomp)
@@ -31,7 +31,7 @@ all: train_us
 # Another compiler or other flags than last time: build again.
 .flags:      WITH = $(BUILD)
 .flags_cuda: WITH = $(CUDA)
-.flags_emu:  WITH = $(CPP) $(EMU_O)
+.flags_emu:  WITH = $(CPP) $(EMU_O) $(LAB_O)
 .flags .flags_cuda .flags_emu: FORCE
 	@echo '$(WITH)' | cmp -s - $@ || echo '$(WITH)' >$@
 
@@ -45,7 +45,7 @@ bench_us: dev/bench.c train_us.c .flags
 	$(BUILD) dev/bench.c -o $@ -lm
 
 # ---- The GPU trainer. ARCH: the card in this machine, or sm_80, sm_90, ... for another.
-NVCC  ?= nvcc
+NVCC  ?= $(or $(shell command -v nvcc),$(wildcard /usr/local/cuda/bin/nvcc),nvcc)
 ARCH  ?= native
 comma := ,
 space := $(subst ,, )
@@ -119,9 +119,15 @@ dev/cuda/%: dev/cuda/%.cu $(LAB) $(GPU)
 out/%.h: %.h dev/emu/cuda.sed
 	@mkdir -p $(@D)
 	(echo '#line 1 "$<"'; sed -E -f dev/emu/cuda.sed $<) >$@
+LAB_O ?= -O1
+LAB_EMU = $(CPP) $(LAB_O) -DUS_KERNELS_ONLY '-DUS_SOURCE="out/train_us.cpp"'
 out/cuda/%: out/dev/cuda/%.cpp $(LAB:%=out/%) out/train_us.cpp train_us.c $(EMU)
 	@mkdir -p $(@D)
-	$(CPP) -O1 -fno-omit-frame-pointer $(CHECK) -DUS_KERNELS_ONLY '-DUS_SOURCE="out/train_us.cpp"' $< dev/emu/emu.cpp -o $@
+	$(LAB_EMU) -fno-omit-frame-pointer $(CHECK) $< dev/emu/emu.cpp -o $@
+out/cuda/race/%: out/dev/cuda/%.cpp $(LAB:%=out/%) out/train_us.cpp out/emu.o train_us.c $(EMU)
+	@mkdir -p $(@D)
+	$(LAB_EMU) -fno-openmp -fsanitize=thread -c $< -o $@.o
+	$(CPP) $@.o out/emu.o dev/emu/race.cpp -o $@
 
 # ---- Tests
 test: test_us test_us_emu

@@ -53,12 +53,13 @@ static int max_threads(void) { return 1; }
 #endif
 
 // ---- Small tools ---------------------------------------------------------------------------------------
+static const char* program = "train_us";
 // Prints one line that says what is wrong and what to do, then exits with status 1.
 __attribute__((noreturn, format(printf, 1, 2))) static void die(const char* format, ...) {
     va_list args;
     va_start(args, format);
     fflush(stdout);
-    fprintf(stderr, "train_us: ");
+    fprintf(stderr, "%s: ", program);
     vfprintf(stderr, format, args);
     fprintf(stderr, "\n");
     va_end(args);

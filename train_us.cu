@@ -35,7 +35,7 @@ is ever added atomically: the same run gives the same bits.
 #include <cublasLt.h>
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-#error compute capability 8.0 is needed; where no GPU is found, name one: make train_us_cuda ARCH=sm_90
+#error compute capability 8.0 is needed; where no GPU is found, name one: add ARCH=sm_90 to make
 #endif
 #define US_CUDA        // for the tests: there is a GPU,
 #define US_DEVICE GPU  // and this is it
@@ -46,7 +46,7 @@ typedef uint8_t fp8;  // the code of an E4M3 or E5M2 value
 // ---- Errors -----------------------------------------------------------------------------------------------
 static void cuda_check(cudaError_t e, const char* what, const char* file, int line) {
     if (e == cudaSuccess) return;
-    const char* hint = e == cudaErrorMemoryAllocation ? "; lower --batch, or use --recompute" : "";
+    const char* hint = e == cudaErrorMemoryAllocation ? "; a smaller batch (or --recompute) needs less" : "";
     die("%s:%d: %s: %s%s", file, line, what, cudaGetErrorString(e), hint);
 }
 static void lt_check(cublasStatus_t s, const char* what, const char* file, int line) {
@@ -959,7 +959,7 @@ static void attention_backward_gpu(Dest<S> dqkv, float* delta, const S* dy, cons
 // scale (softmax - onehot) and zero in the padded columns V..Vp-1. See loss_forward_backward on scale. A loop
 // has few instructions for each logit, for memory leaves time for few: e^x is a power of 2, the division is
 // done once a row, and padded columns are read as -inf, which changes no maximum and whose power is 0.
-template <class S> static __global__ void __launch_bounds__(1024, 2)
+template <class S> static __global__ void __launch_bounds__(1024)
 loss_kernel(float* losses, S* logits, const int* targets, int want_gradient, float scale, int V, int Vp) {
     enum { P = Pack<S>::N };
     __shared__ float shared[32];

@@ -297,4 +297,4 @@ static const Kernel KERNELS[] = {
     {"attention forward", "B T C H", open_forward, VERSIONS,
      {{1, 1, 64, 1}, {2, 70, 128, 2}, {1, 130, 64, 1}}, {{8, 1024, 768, 12}, {4, 1024, 1600, 25}}},
 };
-int main(int argc, char** argv) { return lab(argc, argv, "attention_forward", KERNELS, 1); }
+int main(int argc, char** argv) { return lab(argc, argv, "attention_forward", KERNELS); }

@@ -4,7 +4,7 @@
 set -u -o pipefail
 cd "$(dirname "$0")" || exit 1
 if ! command -v nvidia-smi >/dev/null || ! card=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1); then
-    echo "make bench: no GPU is found here (nvidia-smi); make check runs all kernels on a CPU"
+    echo "make bench: no GPU is found here (nvidia-smi); make -C dev/cuda check runs all kernels on a CPU"
     exit 1
 fi
 command -v nvcc >/dev/null || PATH=$PATH:/usr/local/cuda/bin

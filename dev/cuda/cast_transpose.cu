@@ -163,4 +163,4 @@ static const Kernel KERNELS[] = {
     {"cast and transpose", "N W", open_case, VERSIONS,
      {{1, 16}, {70, 80}, {129, 336}}, {{16384, 768}, {16384, 3072}, {8192, 6400}}, 0, expect},
 };
-int main(int argc, char** argv) { return lab(argc, argv, "cast_transpose", KERNELS, 1); }
+int main(int argc, char** argv) { return lab(argc, argv, "cast_transpose", KERNELS); }

@@ -209,4 +209,4 @@ static const Kernel KERNELS[] = {
     {"classifier", "N V", open_loss, VERSIONS, {{1, 5}, {9, 31}, {5, 128}, {6, 1003}, {3, 4300}},
      {{8192, 50257}}},
 };
-int main(int argc, char** argv) { return lab(argc, argv, "classifier", KERNELS, 1); }
+int main(int argc, char** argv) { return lab(argc, argv, "classifier", KERNELS); }

@@ -216,4 +216,4 @@ static const Kernel KERNELS[] = {
      {{1, 1, 16, 5}, {2, 35, 80, 77}, {1, 130, 208, 300}, {2, 70, 272, 2}},
      {{16, 1024, 768, 50257}, {8, 1024, 1600, 50257}}},
 };
-int main(int argc, char** argv) { return lab(argc, argv, "embedding", KERNELS, 2); }
+int main(int argc, char** argv) { return lab(argc, argv, "embedding", KERNELS); }

@@ -108,4 +108,4 @@ static const Kernel KERNELS[] = {
     {"gelu backward", "N W", open_backward, VERSIONS,
      {{1, 16}, {70, 80}, {64, 128}, {129, 336}}, {{16384, 3072}, {8192, 6400}}},
 };
-int main(int argc, char** argv) { return lab(argc, argv, "gelu", KERNELS, 2); }
+int main(int argc, char** argv) { return lab(argc, argv, "gelu", KERNELS); }

@@ -296,4 +296,4 @@ static const Kernel KERNELS[] = {
     {"layernorm backward", "N C", open_backward, BACKWARD,
      {{1, 16}, {37, 48}, {64, 128}, {129, 592}, {33, 1040}}, {{16384, 768}, {8192, 1600}}},
 };
-int main(int argc, char** argv) { return lab(argc, argv, "layernorm_residual", KERNELS, 2); }
+int main(int argc, char** argv) { return lab(argc, argv, "layernorm_residual", KERNELS); }

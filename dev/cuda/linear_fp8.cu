@@ -176,7 +176,7 @@ static void open_room(long n, long i, long o) {
 static void time_proposals(int tiny) {
     enum { MOST = 8 };
     cublasLtMatmulHeuristicResult_t found[MOST];
-    const int last = rates_of.sm < 89 ? 0 : 2;
+    const int last = this_card.sm < 89 ? 0 : 2;
     printf("\n### Proposals of cuBLASLt for the trainer's version\n\n"
            "| product | first, us | best, us | best is number | time of each over the first |\n"
            "|---|---|---|---|---|\n");
@@ -219,7 +219,7 @@ static void table_of_shapes(int tiny) {
     printf("\n### FP8 over BF16 by shape: us in BF16 / in FP8 = speed, N %d\n\n"
            "| model | linear | I | O | forward | dX | dW | all three |\n|---|---|---|---|---|---|---|---|\n",
            tiny ? 64 : 16384);
-    for (int m = 0; m < (tiny ? 1 : 5) && rates_of.sm >= 89; m++)
+    for (int m = 0; m < (tiny ? 1 : 5) && this_card.sm >= 89; m++)
         for (int l = 0; l < 4; l++) {
             const long C = tiny ? 32 : MODELS[m].C;
             double time[6], all[2] = {};
@@ -239,5 +239,5 @@ static void more(int tiny) {
 }
 int main(int argc, char** argv) {
     after = more;
-    return lab(argc, argv, "linear_fp8", KERNELS, 3);
+    return lab(argc, argv, "linear_fp8", KERNELS);
 }

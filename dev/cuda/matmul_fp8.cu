@@ -257,7 +257,7 @@ static void open_product(const long* shape) {
 // million outputs the worst is off by 45 units at K = 768 and 65 at 3072, all of them by values near zero.
 // sqrt(K) / 240 differ.
 static void expect(int version) {
-    const int own_sums = version == 0 || (version >= 3 && (rates_of.sm < 90 || rates_of.sm >= 120));
+    const int own_sums = version == 0 || (version >= 3 && (this_card.sm < 90 || this_card.sm >= 120));
     out->units = own_sums ? 16 + 2 * sqrt((double)K) : 1;
     out->share = own_sums ? 0.02 + sqrt((double)K) / 128 : 0.05;
 }
@@ -274,4 +274,4 @@ static const Kernel KERNELS[] = {
      {{1, 8, 16}, {70, 72, 48}, {129, 136, 272}, {65, 264, 208}}, {{4096, 4096, 4096}, {16384, 3072, 768}}, 1,
      expect},
 };
-int main(int argc, char** argv) { return lab(argc, argv, "matmul_fp8", KERNELS, 1); }
+int main(int argc, char** argv) { return lab(argc, argv, "matmul_fp8", KERNELS); }

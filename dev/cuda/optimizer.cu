@@ -115,4 +115,4 @@ static const Kernel KERNELS[] = {
     {"Lion", "O I", open_lion, VERSIONS, {{16, 16}, {80, 208}, {128, 64}}, {{3072, 768}, {6400, 1600}}},
     {"AdamW", "O I", open_adamw, VERSIONS, {{16, 16}, {80, 208}, {128, 64}}, {{3072, 768}, {6400, 1600}}},
 };
-int main(int argc, char** argv) { return lab(argc, argv, "optimizer", KERNELS, 2); }
+int main(int argc, char** argv) { return lab(argc, argv, "optimizer", KERNELS); }

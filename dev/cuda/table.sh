@@ -10,6 +10,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 for file in *.cu; do
     name=${file%.cu}
+    echo "$name"
     make -B "$name" ARCH=sm_90 NVCC='nvcc -Xptxas -v' 2>&1 | tee "$work/log" | c++filt >"$work/$name.ptxas" ||
         { cat "$work/log"; exit 1; }
     "./$name" list >>"$work/list"
@@ -62,3 +63,4 @@ END
     sed -n '/^<!-- end of table -->$/,$p' README.md
 } >"$work/README.md"
 cp "$work/README.md" README.md
+echo "README.md has the table of $(wc -l <"$work/list") versions"

@@ -69,6 +69,7 @@ typedef struct CUevent_st { std::chrono::steady_clock::time_point at; } *cudaEve
 namespace emu {
 #define EMU_SAY(...) (emu::say_where(), fprintf(stderr, __VA_ARGS__), fputc('\n', stderr))
 #define EMU_FAIL(...) (EMU_SAY(__VA_ARGS__), emu::fail())
+extern const char *context;                          // set by a program: what it is at, said first
 void say_where();
 [[noreturn]] void fail();
 

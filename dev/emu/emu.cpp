@@ -79,8 +79,9 @@ static int setting(const char *name, int otherwise) {
     exit(1);
 }
 
+const char *context = "";
 void say_where() {
-    fprintf(stderr, "emu: ");
+    fprintf(stderr, "emu: %s", context);
     if (!b || !b->self) return;
     fprintf(stderr, "%s: block (%u,%u,%u) thread (%u,%u,%u)", b->grid->name, blockIdx.x, blockIdx.y,
             blockIdx.z,
