@@ -343,6 +343,46 @@ static void test_gradients(void) {
         free(dx), free(dw), free(dw2);
     }
 }
+// Logits so large that e^z is none, or so low that all are 0: only differences count. Against double.
+static void test_large_logits(void) {
+    enum { N = 4, V = 77, VP = 128 };
+    const float shift[N] = {0, 300, -300, 100};
+    const int targets[N] = {3, 76, 0, 41};
+    float *z = normals(N * VP, 3.0f, "large logits"), *d = floats(N * VP), losses[N];
+    for (long i = 0; i < N * VP; i++)
+        z[i] += i % VP < V ? shift[i / VP] : 1e4f;  // padded columns take no part
+    z[3 * VP + 5] = -INFINITY;
+    memcpy(d, z, sizeof(float) * N * VP);
+#ifdef US_CUDA
+    float *gpu_z, *gpu_losses;
+    int* gpu_targets;
+    CUDA(cudaMalloc(&gpu_z, sizeof(float) * N * VP));
+    CUDA(cudaMalloc(&gpu_losses, sizeof losses));
+    CUDA(cudaMalloc(&gpu_targets, sizeof targets));
+    CUDA(cudaMemcpy(gpu_z, z, sizeof(float) * N * VP, cudaMemcpyHostToDevice));
+    CUDA(cudaMemcpy(gpu_targets, targets, sizeof targets, cudaMemcpyHostToDevice));
+    launch_loss<float>(gpu_losses, gpu_z, gpu_targets, 1, 1.0f, N, V, VP);
+    CUDA(cudaMemcpy(d, gpu_z, sizeof(float) * N * VP, cudaMemcpyDeviceToHost));
+    CUDA(cudaMemcpy(losses, gpu_losses, sizeof losses, cudaMemcpyDeviceToHost));
+    CUDA(cudaFree(gpu_z));
+    CUDA(cudaFree(gpu_losses));
+    CUDA(cudaFree(gpu_targets));
+#else
+    loss_forward_backward(losses, d, targets, 1, 1.0f, N, V, VP, FP32);
+#endif
+    double worst = 0;
+    for (int n = 0; n < N; n++) {
+        double max = -INFINITY, sum = 0;
+        for (int v = 0; v < V; v++) max = fmax(max, z[n * VP + v]);
+        for (int v = 0; v < V; v++) sum += exp(z[n * VP + v] - max);
+        worst =
+            worse(worst, fabs(losses[n] - (log(sum) + max - z[n * VP + targets[n]])) / fmax(1, fabs(max)));
+        for (int v = 0; v < V; v++)
+            worst = worse(worst, fabs(d[n * VP + v] - (exp(z[n * VP + v] - max) / sum - (v == targets[n]))));
+    }
+    check_below(worst, 1e-6, "loss", "of large logits");  // a few FP32 roundings of the largest number
+    free(z), free(d);
+}
 static void test_activations(void) {  // against libm; 4 units of FP32 at the largest magnitude
     double worst = 0;
     for (float x = -8; x < 8; x += 0.001f) {
@@ -1708,15 +1748,40 @@ static void test_gpu_limits(void) {
 // Of the device in use, and of what only the CPU's functions have.
 #define TEST(name) {#name, test_##name, 0}
 #define CPU_TEST(name) {#name, test_##name, 1}
-static const struct { const char* name; void (*test)(void); int cpu_only; } TESTS[] = {
-    CPU_TEST(formats), CPU_TEST(random), CPU_TEST(exp), CPU_TEST(matmul), CPU_TEST(activations),
-    CPU_TEST(gradients), CPU_TEST(table), CPU_TEST(data), CPU_TEST(text), TEST(oracle),
-    CPU_TEST(model_gradient), CPU_TEST(accumulation), CPU_TEST(generate), CPU_TEST(window), TEST(held_out),
-    CPU_TEST(dump), TEST(unit_scale), CPU_TEST(attention_variance), TEST(training), TEST(command_line),
-    TEST(bad_files), TEST(checkpoints),
+static const struct { const char* name; void (*test)(void); int cpu_only;
+} TESTS[] = {
+    CPU_TEST(formats),
+    CPU_TEST(random),
+    CPU_TEST(exp),
+    CPU_TEST(matmul),
+    CPU_TEST(activations),
+    TEST(large_logits),
+    CPU_TEST(gradients),
+    CPU_TEST(table),
+    CPU_TEST(data),
+    CPU_TEST(text),
+    TEST(oracle),
+    CPU_TEST(model_gradient),
+    CPU_TEST(accumulation),
+    CPU_TEST(generate),
+    CPU_TEST(window),
+    TEST(held_out),
+    CPU_TEST(dump),
+    TEST(unit_scale),
+    CPU_TEST(attention_variance),
+    TEST(training),
+    TEST(command_line),
+    TEST(bad_files),
+    TEST(checkpoints),
 #ifdef US_CUDA
-    TEST(step_by_step), TEST(overlay), TEST(same_bits), TEST(next), TEST(head_in_pieces), TEST(not_finite),
-    TEST(changing_devices), TEST(gpu_limits),
+    TEST(step_by_step),
+    TEST(overlay),
+    TEST(same_bits),
+    TEST(next),
+    TEST(head_in_pieces),
+    TEST(not_finite),
+    TEST(changing_devices),
+    TEST(gpu_limits),
 #endif
 };
 

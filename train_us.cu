@@ -956,9 +956,10 @@ static void attention_backward_gpu(Dest<S> dqkv, float* delta, const S* dy, cons
 
 // ---- Loss -------------------------------------------------------------------------------------------------
 // Cross-entropy of a row of logits, a block a row; with want_gradient the logits become their own gradient,
-// scale (softmax - onehot) and zero in the padded columns V..Vp-1. See loss_forward_backward on scale. A loop
-// has few instructions for each logit, for memory leaves time for few: e^x is a power of 2, the division is
-// done once a row, and padded columns are read as -inf, which changes no maximum and whose power is 0.
+// scale (softmax - onehot) and zero in the padded columns V..Vp-1 (NaN, if the row's sum is). See
+// loss_forward_backward on scale. A loop has few instructions for each logit, for memory leaves time for few:
+// e^x is a power of 2, the division is done once a row, and padded columns are read as -inf, which changes no
+// maximum and whose power is 0.
 template <class S> static __global__ void __launch_bounds__(1024)
 loss_kernel(float* losses, S* logits, const int* targets, int want_gradient, float scale, int V, int Vp) {
     enum { P = Pack<S>::N };

@@ -7,8 +7,8 @@
 # n-th line only, and the GPU's first seven.
 cd "$(dirname "$0")/.." || exit 1
 CC=${CC:-cc} CXX=${CXX:-g++} JOBS=${JOBS:-2}
-TESTS=${TESTS:-formats random matmul activ gradients table data text oracle accum generate window held dump checkpoints}
-GPU_TESTS=${GPU_TESTS:-step_by_step same_bits next not_finite overlay}
+TESTS=${TESTS:-formats random matmul activ large gradients table data text oracle accum generate window held dump checkpoints}
+GPU_TESTS=${GPU_TESTS:-large step_by_step same_bits next not_finite overlay}
 dir=$(mktemp -d) || exit 1
 trap 'rm -rf "$dir"' EXIT
 here=$PWD
@@ -79,6 +79,7 @@ attention: scores are divided by D | s/1.0f \/ sqrtf((float)D)/1.0f \/ (float)D/
 attention: a row does not see itself | s/seen = t0 + i + 1;/seen = t0 + i + (t0 + i == 0);/
 attention: dK and dV keep only the first rows | s/int add = keys < T;/int add = 0;/
 gelu: another constant | s/0.044715f \* x \* x \* x/0.0447f * x * x * x/
+loss: the largest logit is not subtracted | s/max = z\[v\] > max ? z\[v\] : max;/max = 0;/
 embedding: sum of two rows is not scaled | s/0.70710678f/1.0f/
 scheme: tau and 1-tau swapped | s/m->a = m->scheme->use_tau ? sqrtf(1.0f - c->tau)/m->a = m->scheme->use_tau ? sqrtf(c->tau)/
 scheme: head scaled by the root of C | s/0.70710678f, -0.5f, -1.0f/0.70710678f, -0.5f, -0.5f/
@@ -121,6 +122,7 @@ gpu: dW does not accumulate | s/const float beta = (float)add;/const float beta 
 gpu: the skip is not weighted | s/v\[i\] += a \* g\[i\];/v[i] += g[i];/
 gpu: gain and bias gradients swapped | s/bias ? d\[i\] : d\[i\] \* v\[i\]/bias ? d[i] * v[i] : d[i]/
 gpu: half a row's sum | s/return x + __shfl_xor_sync(~0u, x, 2);/return x;/
+gpu: the largest logit is not subtracted | s/most = fmaxf(most, x\[i\]);/most = 0;/
 gpu: padded logits have gradients | s/if (v + P > V)/if (0)/
 gpu: a step that is not finite is taken | s/if (update \&\& result->stop) return;//
 gpu: a block is not entered again | s/^            enter_block<S>(m, l, N);//
@@ -128,7 +130,7 @@ gpu: weights are not cast after the step | s/copies_only ? -1.0f : t->lr_factor/
 gpu: attention sees the next token | s/rows_are_keys ? ahead < 0 : ahead > 0/rows_are_keys ? ahead < -1 : ahead > 1/
 lab gelu: codes of values that are not BF16 | s/fp8x2(round_s<bf16>(y)/fp8x2((y)/
 lab gelu: one value of sixteen is not rounded | s/for (int k = 0; k < 16; k++)$/for (int k = 1; k < 16; k++)/
-lab cast_transpose: the next maximum is of scaled values | s/fabsf(v\[k\])), v\[k\] \*= \*scale;/fabsf(v[k] *= *scale));/
+lab cast_transpose: the next maximum is of scaled values | s/fabsf(v\[k\])), v\[k\] \*= scale_for(most);/fabsf(v[k] *= scale_for(most)));/
 lab cast_transpose: barrier missing before the tile is read | s/^    __syncthreads();//
 lab embedding: a part is added twice | s/long k = blockIdx.x + 1; k \* RUN/long k = blockIdx.x + 0; k * RUN/
 lab embedding: a token's last row is left out | s/min(starts\[token + 1\], last);/min(starts[token + 1] - 1, last);\n        if (i == end) { i++; continue; }/
@@ -137,6 +139,7 @@ lab layernorm_residual: the row's sum by half a warp | s/for (int i = 16; i; i \
 lab layernorm_residual: a band is read before it is there | s/^    copy_wait();//
 lab layernorm_residual: barrier missing before dx takes the place of sum | /^static __global__ void __launch_bounds__(512) backward_band/,/^}/{/averages + r, row0/{n;s/__syncthreads();//}}
 lab classifier: the target's logit is read after it was written | /^loss_online/,/^}/s/^    __syncthreads();//
+lab classifier: the largest logit is not subtracted | /^loss_block/,/^}/s/max = block_max(max, shared);/max = 0;/
 lab classifier: padded columns take part | s/shared\[v + i\] = (bf16)-INFINITY/shared[v + i] = (bf16)0.0f/
 lab linear_fp8: dW without its padding | s/of(dyt, Np, 1), of(xt, Np, 1), O, I, Np, fast/of(dyt, Np, 1), of(xt, Np, 1), O, I, N \& -16, fast/
 lab linear_fp8: codes of E5M2 read as E4M3 | s/a->format == E4M3 ? CUDA_R_8F_E4M3/a->size == 1 ? CUDA_R_8F_E4M3/

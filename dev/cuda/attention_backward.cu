@@ -295,7 +295,11 @@ static const Version VERSIONS[] = {
      "attention_dot attention_backward_kv_mma<64> attention_backward_q_mma<64>"},
     {}};
 static const Kernel KERNELS[] = {
-    {"attention backward", "B T C H", open_backward, VERSIONS,
-     {{1, 1, 64, 1}, {2, 33, 128, 2}, {1, 130, 64, 1}}, {{8, 1024, 768, 12}, {4, 1024, 1600, 25}}},
+    {"attention backward",
+     "B T C H",
+     open_backward,
+     VERSIONS,
+     {{1, 1, 64, 1}, {2, 33, 128, 2}, {1, 128, 64, 1}, {1, 130, 64, 1}},
+     {{8, 1024, 768, 12}, {4, 1024, 1600, 25}}},
 };
 int main(int argc, char** argv) { return lab(argc, argv, "attention_backward", KERNELS); }

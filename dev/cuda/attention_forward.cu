@@ -265,6 +265,8 @@ static void open_forward(const long* shape) {
     B = shape[0], T = shape[1], C = shape[2], H = shape[3];
     qkv = input("qkv", BF16, B * T * 3 * C, 1.0f);
     for (long i = 0; i < B * T * 3 * C; i++) if (i % (3 * C) >= 2 * C) qkv->value[i] *= qkv->value[i];
+    for (long i = 0; i < B * T * 3 * C; i++)  // of the first head scores whose e^s is too large for FP32
+        if (i % (3 * C) < D) qkv->value[i] *= 30.0f;
     encode(qkv);
     y = output("y", BF16, B * T * C, 1, 0.12);
     attention_forward(y->want, qkv->value, B, 0, T, C, H, BF16);
@@ -294,7 +296,11 @@ static const Version VERSIONS[] = {
     {"the next tiles come meanwhile", run6, "attention_forward_mma<64>"},
     {}};
 static const Kernel KERNELS[] = {
-    {"attention forward", "B T C H", open_forward, VERSIONS,
-     {{1, 1, 64, 1}, {2, 70, 128, 2}, {1, 130, 64, 1}}, {{8, 1024, 768, 12}, {4, 1024, 1600, 25}}},
+    {"attention forward",
+     "B T C H",
+     open_forward,
+     VERSIONS,
+     {{1, 1, 64, 1}, {2, 70, 128, 2}, {1, 128, 64, 1}, {1, 130, 64, 1}},
+     {{8, 1024, 768, 12}, {4, 1024, 1600, 25}}},
 };
 int main(int argc, char** argv) { return lab(argc, argv, "attention_forward", KERNELS); }

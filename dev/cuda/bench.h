@@ -14,11 +14,11 @@ each run outputs are poisoned with NaN and inputs restored; after it an output m
 the last place of its format, in so large a share of its values; an input must be what it was; nothing beyond
 the end of an array may have changed. NaN never passes.
 
-Times. The arrays exist so often that all together are three times the L2 cache, and a run takes the next
-copy. The time is the median of up to 200 runs, each between two events. The floor is the time in which the
-card would move every byte of input and output once, at the rate at which it copies 1 GiB, or do the
-arithmetic, at the rate of an 8192^3 product by cuBLASLt; both rates are measured at the start of the same
-run.
+Times. The arrays exist so often that all together are three times the L2 cache, and a run takes the next copy
+(what a kernel updates it finds as its last run left it). The time is the median of samples of a millisecond.
+The floor is the time in which the card would move every byte of input and output once, at the rate at which
+it copies 1 GiB, or do the arithmetic, at the rate of an 8192^3 product by cuBLASLt; both rates are the best
+of eight at the start of the same run.
 */
 #pragma once
 #ifndef US_NO_MAIN
@@ -170,6 +170,7 @@ typedef struct {
     void (*run)(void) = NULL;      // launches it, on at() of the arrays
     const char* functions = NULL;  // the __global__ functions it is made of, separated by spaces
     int sm = 0;                    // the least compute capability, 89 for 8.9, if not the trainer's
+    long (*shared)(void) = NULL;   // bytes of dynamic shared memory at this shape, where a card may have less
 } Version;
 typedef struct {
     const char *name, *dims;          // of the kernel; of its shape's numbers, separated by spaces
@@ -275,11 +276,11 @@ static void check_version(const Kernel* k, int i, const char* shape) {
 #ifndef __CUDACC__
     emu::context = where;
 #endif
-    check_stream(k->versions[i].run);
     k->versions[i].run();
     if (k->collect) k->collect();
     CUDA(cudaStreamSynchronize(stream));
     for (int j = 0; j < num_arrays && !*what; j++) what = wrong(&arrays[j]);
+    check_stream(k->versions[i].run);
     if (*what) printf("  FAILED: %s%s\n", where, what);
     *(*what ? &checks_failed : &checks_passed) += 1;
 }
@@ -312,31 +313,44 @@ static double copy_bandwidth(size_t bytes) {  // bytes read and written, per sec
 static int by_time(const void* a, const void* b) {
     return (*(const float*)a > *(const float*)b) - (*(const float*)a < *(const float*)b);
 }
-// Seconds of a run: launches are queued far ahead, so the host's time is not in it.
-static double median_time(void (*run)(void)) {
-    enum { MOST = 200 };
-    static cudaEvent_t event[MOST + 1];
-    float ms[MOST], all = 0;
-    int runs = 4;
-    for (int i = 0; i <= MOST; i++) if (!event[i]) CUDA(cudaEventCreate(&event[i]));
-    for (int round = 0; round < 2; round++) {  // warm-up, which tells how many runs are 100 ms
-        CUDA(cudaEventRecord(event[0], stream));
-        for (int i = 0; i < runs; i++) {
+// Milliseconds of each of so many samples, of so many runs.
+static void take_samples(float* ms, int samples, int runs, void (*run)(void)) {
+    static cudaEvent_t before, after;
+    if (!before) CUDA(cudaEventCreate(&before));
+    if (!after) CUDA(cudaEventCreate(&after));
+    for (int i = 0; i < samples; i++) {
+        CUDA(cudaEventRecord(before, stream));
+        for (int k = 0; k < runs; k++) {
             copy = (copy + 1) % copies;
             run();
-            CUDA(cudaEventRecord(event[i + 1], stream));
         }
-        CUDA(cudaEventSynchronize(event[runs]));
-        CUDA(cudaEventElapsedTime(&all, event[0], event[runs]));
-        for (int i = 0; i < runs; i++) CUDA(cudaEventElapsedTime(&ms[i], event[i], event[i + 1]));
-        if (round == 0) runs = (int)fmax(9, fmin(MOST, 100 * runs / fmax(all, 0.1)));
+        CUDA(cudaEventRecord(after, stream));
+        CUDA(cudaEventSynchronize(after));
+        CUDA(cudaEventElapsedTime(&ms[i], before, after));
     }
-    qsort(ms, (size_t)runs, sizeof *ms, by_time);
-    return 1e-3 * ms[runs / 2];
+}
+// Seconds of a run, the median of samples. A sample is one run after the other for about a millisecond, so
+// that neither the events around it nor the host's first launch show. Before them some 30 ms to warm up.
+static double median_time(void (*run)(void)) {
+    enum { MOST = 100 };
+    float ms[MOST];
+    take_samples(ms, 1, 1, run);  // it loads what it needs
+    take_samples(ms, 1, 4, run);
+    const float one = fmaxf(ms[0] / 4, 1e-4f);
+    const int runs = emulated ? 1 : (int)fminf(1000, ceilf(1 / one)), most = emulated ? 5 : MOST;
+    take_samples(ms, (int)fminf((float)most, ceilf(30 / (one * (float)runs))), runs, run);
+    const int samples = (int)fmaxf(5, fminf((float)most, 100 / (one * (float)runs)));
+    take_samples(ms, samples, runs, run);
+    qsort(ms, (size_t)samples, sizeof *ms, by_time);
+    return 1e-3 * ms[samples / 2] / runs;
 }
 
 // ---- The program ------------------------------------------------------------------------------------------
-static struct { double copy, product[4]; int sm; } this_card;  // of this card: bytes/s, FLOP/s by format
+static struct {
+    double copy, product[4];
+    int sm;
+    long shared;
+} this_card;  // bytes/s; FLOP/s by format; bytes
 
 static void shape_text(char text[128], const Kernel* k, const long* shape) {
     int length = 0;
@@ -347,7 +361,9 @@ static void shape_text(char text[128], const Kernel* k, const long* shape) {
     }
 }
 static int wanted(const Kernel* k, int i, int only) {
-    return (only < 0 || only == number(k, i)) && k->versions[i].sm <= this_card.sm;
+    const Version* v = &k->versions[i];
+    return (only < 0 || only == number(k, i)) && v->sm <= this_card.sm &&
+           !(v->shared && v->shared() > this_card.shared);
 }
 static void bench_shape(const Kernel* k, const char* shape, int only) {
     double bytes = floor_bytes, first = 0;
@@ -399,7 +415,9 @@ static int lab(int argc, char** argv, const char* file, const Kernel (&kernels)[
     cudaDeviceProp card;
     CUDA(cudaGetDeviceProperties(&card, 0));
     this_card.sm = card.major * 10 + card.minor;
-    CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    this_card.shared = (long)card.sharedMemPerBlockOptin;
+    setvbuf(stdout, NULL, _IOLBF, 0);  // what is there stays there if someone stops this
+    CUDA(cudaStreamCreate(&stream));  // one that the default stream waits for, and that waits for it
     LT(cublasLtCreate(&lt.handle));
     CUDA(cudaMalloc(&lt.workspace, WORKSPACE));
     if (!check || tiny) {
@@ -431,6 +449,9 @@ static int lab(int argc, char** argv, const char* file, const Kernel (&kernels)[
             arrays_upload(!emulated || tiny);
             for (int j = 0; k.versions[j].run; j++)
                 if (wanted(&k, j, only)) check_version(&k, j, shape);
+                else if (k.versions[j].shared && k.versions[j].shared() > this_card.shared)
+                    printf("%s, version %d,%s: wants %ld bytes of shared memory, a block has %ld\n", k.name,
+                           number(&k, j), shape, k.versions[j].shared(), this_card.shared);
             if (i >= 8 || tiny) bench_shape(&k, shape, only);
             arrays_free();
         }

@@ -188,9 +188,9 @@ static void open_forward(const long* shape) {
 static void open_backward(const long* shape) {
     const int* t = open_tokens(shape);
     dx = input("dx", BF16, N * C, 1.0f);
-    // FP32 sums of up to N/15 terms in another order: the root of their number, in units of the largest
-    dwte = updated("dwte", FP32, V * C, 1.0f, 64 * sqrt((double)N), 1);
-    dwpe = updated("dwpe", FP32, T * C, 1.0f, 64 * sqrt((double)N), 1);
+    // FP32 sums of up to N/15 terms, in another order than the reference's: 5267 units were seen at N = 8192
+    dwte = updated("dwte", FP32, V * C, 1.0f, 128 * sqrt((double)N), 1);
+    dwpe = updated("dwpe", FP32, T * C, 1.0f, 128 * sqrt((double)N), 1);
     embedding_backward(dwte->want, dwpe->want, dx->value, t, S, N / T, T, C);
     parts = (float*)work_space(sizeof(float) * (size_t)(2 * div_up(N, RUN) * C));
     floor_bytes =
@@ -213,7 +213,7 @@ static const Kernel KERNELS[] = {
     {"embedding forward", "B T C V", open_forward, FORWARD,
      {{1, 1, 16, 5}, {2, 35, 80, 77}, {1, 130, 208, 300}}, {{16, 1024, 768, 50257}, {8, 1024, 1600, 50257}}},
     {"embedding backward", "B T C V", open_backward, BACKWARD,
-     {{1, 1, 16, 5}, {2, 35, 80, 77}, {1, 130, 208, 300}, {2, 70, 272, 2}},
+     {{1, 1, 16, 5}, {2, 35, 80, 77}, {1, 130, 208, 300}, {2, 70, 272, 2}, {1, 64, 16, 1}, {2, 64, 32, 2}},
      {{16, 1024, 768, 50257}, {8, 1024, 1600, 50257}}},
 };
 int main(int argc, char** argv) { return lab(argc, argv, "embedding", KERNELS); }

@@ -53,8 +53,8 @@ static void run2(void) {
 }
 
 // ---- 3. Sixteen values a thread ---------------------------------------------------------------------------
-// Loads and stores of 16 bytes: an eighth of the memory instructions. Transposition by tiles of 64 x 64 in
-// shared memory, so that both sides move in runs of 16 bytes or more.
+// Loads and stores of 16 bytes: an eighth of the loads, a sixteenth of the stores. Transposition by tiles of
+// 64 x 64 in shared memory, so that both sides move in runs of 16 bytes or more.
 static __global__ void activation_codes16(fp8* q, const bf16* h, const bf16* dg, Format format, long n) {
     const long i = ((long)blockIdx.x * blockDim.x + threadIdx.x) * 16;
     if (i >= n) return;

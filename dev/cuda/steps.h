@@ -24,12 +24,13 @@ static void launch_transpose_value(fp8* qt, const fp8* q, long N, long W) {
 // The same by tiles of 64 x 64 in shared memory: both sides move in runs of 16 bytes and more. W is a
 // multiple of 16.
 static __global__ void transpose_tile(fp8* qt, const fp8* q, long N, long W, long Np) {
-    __shared__ fp8 tile[TILE][TILE + 4];
+    __shared__ __align__(4) fp8 tile[TILE][TILE + 4];
     const long row0 = (long)blockIdx.y * TILE, col0 = (long)blockIdx.x * TILE;
     const long n = row0 + tile_row(), w = col0 + tile_col();
     if (n < N && w < W) {
         const uint4 bits = *(const uint4*)(q + n * W + w);
-        memcpy(&tile[tile_row()][tile_col()], &bits, 16);
+        uint32_t* to = (uint32_t*)&tile[tile_row()][tile_col()];
+        to[0] = bits.x, to[1] = bits.y, to[2] = bits.z, to[3] = bits.w;
     }
     __syncthreads();
     const long column = col0 + tile_row(), first = row0 + tile_col();

@@ -150,6 +150,7 @@ inline int __all_sync(unsigned mask, int p, EMU_LINE) { return emu::vote(mask, p
 int atomicAdd(int *p, int v);
 unsigned atomicAdd(unsigned *p, unsigned v);
 float atomicAdd(float *p, float v);
+int atomicMax(int *p, int v);
 template <class T> EMU_INLINE T __ldg(const T *p) { return *p; }
 template <class T> EMU_INLINE T __ldcs(const T *p) { return *p; }
 // These compile to st.global, which on a GPU takes a shared address for another one.

@@ -100,7 +100,7 @@ Place place() {
 }
 int lane() { return b->self->id & 31; }
 
-// ---- Who runs next --------------------------------------------------------------------------------------
+// ---- Who runs next ----------------------------------------------------------------------------------------
 static Thread *next_ready() {
     const unsigned n = b->size, me = b->self ? b->self->id : 0, seed = b->grid->seed;
     b->random = b->random * 6364136223846793005u + 1442695040888963407u;
@@ -206,7 +206,7 @@ void meet(const char *what, unsigned mask, int line, void *mine, Resolve resolve
     me->syncs += orders_memory;
 }
 
-// ---- Shared memory, cp.async ----------------------------------------------------------------------------
+// ---- Shared memory, cp.async ------------------------------------------------------------------------------
 void *shared_memory(const char *key, size_t bytes, size_t align) {
     size_t variables = key ? bytes : 0;
     for (const Piece &p : b->pieces) {
@@ -254,7 +254,7 @@ void cp_async_wait(int groups) {
     copies.erase(copies.begin(), copies.begin() + done);
 }
 
-// ---- Blocks, grids --------------------------------------------------------------------------------------
+// ---- Blocks, grids ----------------------------------------------------------------------------------------
 static void run_block(const Grid &g, unsigned index) {
     if (!b) b = new Block();
     const dim3 size = g.block;
@@ -292,7 +292,7 @@ static void run_grid(const char *name, dim3 grid, dim3 block, size_t shared,
         run_block(g, seed == 1 ? n - 1 - i : seed <= 2 ? i : (unsigned)((i * 2147483647ull + seed) % n));
 }
 
-// ---- The runtime API ------------------------------------------------------------------------------------
+// ---- The runtime API --------------------------------------------------------------------------------------
 // A stream's operations run at once; under capture they are only recorded, as on a GPU, so that mistakes in
 // capturing show. What a GPU refuses is refused here too, with the reason on stderr.
 struct Allocation { size_t bytes; bool host; };     // each apart, so that AddressSanitizer sees where it ends
@@ -412,14 +412,20 @@ cudaError_t cudaGetLastError() {
     last_error = cudaSuccess;
     return e;
 }
-template <class T> static T add(T *p, T v, const void *code) {   // race.cpp hears of it as a whole
+template <class T, class F>
+static T change(T* p, T v, F f, const void* code) {  // race.cpp hears of it as a whole
     T old, now;
     if (note_access) note_access(p, sizeof(T), ATOMIC, code);
     __atomic_load(p, &old, __ATOMIC_SEQ_CST);
-    do now = old + v; while (!__atomic_compare_exchange(p, &old, &now, 0, __ATOMIC_SEQ_CST,
-            __ATOMIC_SEQ_CST));
+    do now = f(old, v);
+    while (!__atomic_compare_exchange(p, &old, &now, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST));
     return old;
 }
-int atomicAdd(int *p, int v) { return add(p, v, __builtin_return_address(0)); }
-unsigned atomicAdd(unsigned *p, unsigned v) { return add(p, v, __builtin_return_address(0)); }
-float atomicAdd(float *p, float v) { return add(p, v, __builtin_return_address(0)); }
+int atomicAdd(int *p, int v) { return change(p, v, std::plus<int>(), __builtin_return_address(0)); }
+unsigned atomicAdd(unsigned* p, unsigned v) {
+    return change(p, v, std::plus<unsigned>(), __builtin_return_address(0));
+}
+float atomicAdd(float *p, float v) { return change(p, v, std::plus<float>(), __builtin_return_address(0)); }
+int atomicMax(int *p, int v) {
+    return change(p, v, [](int a, int b) { return a > b ? a : b; }, __builtin_return_address(0));
+}
