@@ -1748,40 +1748,15 @@ static void test_gpu_limits(void) {
 // Of the device in use, and of what only the CPU's functions have.
 #define TEST(name) {#name, test_##name, 0}
 #define CPU_TEST(name) {#name, test_##name, 1}
-static const struct { const char* name; void (*test)(void); int cpu_only;
-} TESTS[] = {
-    CPU_TEST(formats),
-    CPU_TEST(random),
-    CPU_TEST(exp),
-    CPU_TEST(matmul),
-    CPU_TEST(activations),
-    TEST(large_logits),
-    CPU_TEST(gradients),
-    CPU_TEST(table),
-    CPU_TEST(data),
-    CPU_TEST(text),
-    TEST(oracle),
-    CPU_TEST(model_gradient),
-    CPU_TEST(accumulation),
-    CPU_TEST(generate),
-    CPU_TEST(window),
-    TEST(held_out),
-    CPU_TEST(dump),
-    TEST(unit_scale),
-    CPU_TEST(attention_variance),
-    TEST(training),
-    TEST(command_line),
-    TEST(bad_files),
-    TEST(checkpoints),
+static const struct { const char* name; void (*test)(void); int cpu_only; } TESTS[] = {
+    CPU_TEST(formats), CPU_TEST(random), CPU_TEST(exp), CPU_TEST(matmul), CPU_TEST(activations),
+    TEST(large_logits), CPU_TEST(gradients), CPU_TEST(table), CPU_TEST(data), CPU_TEST(text), TEST(oracle),
+    CPU_TEST(model_gradient), CPU_TEST(accumulation), CPU_TEST(generate), CPU_TEST(window), TEST(held_out),
+    CPU_TEST(dump), TEST(unit_scale), CPU_TEST(attention_variance), TEST(training), TEST(command_line),
+    TEST(bad_files), TEST(checkpoints),
 #ifdef US_CUDA
-    TEST(step_by_step),
-    TEST(overlay),
-    TEST(same_bits),
-    TEST(next),
-    TEST(head_in_pieces),
-    TEST(not_finite),
-    TEST(changing_devices),
-    TEST(gpu_limits),
+    TEST(step_by_step), TEST(overlay), TEST(same_bits), TEST(next), TEST(head_in_pieces), TEST(not_finite),
+    TEST(changing_devices), TEST(gpu_limits),
 #endif
 };
 

@@ -15,7 +15,7 @@ each of B T C values: T/4.4 operations a byte, 233 at T = 1024, where an H100 (7
 The difficulty: dK and dV are sums over queries, dQ is one over keys. Whoever keeps the first on chip has only
 parts of dQ, for others to add.
 */
-#include "bench.h"
+#include "steps.h"
 
 enum { D = 64, SIZE = ROWS * D };  // ROWS = 64 and MMA_THREADS = 128: train_us.cu's tile and block
 static long B, T, C, H;
@@ -267,17 +267,7 @@ static void open_backward(const long* shape) {
     for (long i = 0; i < N * C; i++) dy->value[i] *= sqrtf((float)(i / C % T + 1) / (float)T);
     attention_forward(y->value = floats((double)(N * C)), qkv->value, B, 0, T, C, H, BF16);
     lse->value = floats((double)(H * N));
-    #pragma omp parallel for
-    for (long i = 0; i < H * N; i++) {
-        const float *q = qkv->value + (i / T / H * T + i % T) * 3 * C + i / T % H * D, *k = q + C;
-        double sum = 0;
-        for (long j = i % T; j >= 0; j--, k -= 3 * C) {
-            double s = 0;
-            for (int d = 0; d < D; d++) s += (double)q[d] * k[d];
-            sum += exp(s * SCALE);
-        }
-        lse->value[i] = (float)log2(sum);
-    }
+    attention_lse(lse->value, qkv->value, B, T, C, H);
     encode(dy), encode(y), encode(lse);
     attention_backward(dqkv->want, dy->value, qkv->value, B, T, C, H, BF16);
     output_codes(&codes, &codes_t, dqkv->want, N, 3 * C, E5M2, 0.025);
@@ -295,10 +285,7 @@ static const Version VERSIONS[] = {
      "attention_dot attention_backward_kv_mma<64> attention_backward_q_mma<64>"},
     {}};
 static const Kernel KERNELS[] = {
-    {"attention backward",
-     "B T C H",
-     open_backward,
-     VERSIONS,
+    {"attention backward", "B T C H", open_backward, VERSIONS,
      {{1, 1, 64, 1}, {2, 33, 128, 2}, {1, 128, 64, 1}, {1, 130, 64, 1}},
      {{8, 1024, 768, 12}, {4, 1024, 1600, 25}}},
 };

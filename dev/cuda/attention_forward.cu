@@ -13,7 +13,7 @@ each of B T C values: T/5 operations a byte, 205 at T = 1024, where an H100 (750
 exponential: an SM makes 16 in a clock cycle, in which its tensor cores at best do the products of 16 scores.
 mma.sync, the instruction here, reaches about two thirds of that on Hopper (Shah 2024, arXiv 2407.08608).
 */
-#include "bench.h"
+#include "steps.h"
 
 enum { D = 64, SIZE = ROWS * D };  // ROWS = 64 and MMA_THREADS = 128: train_us.cu's tile and block
 static long B, T, C, H;
@@ -272,17 +272,7 @@ static void open_forward(const long* shape) {
     attention_forward(y->want, qkv->value, B, 0, T, C, H, BF16);
     output_codes(&codes, &codes_t, y->want, B * T, C, E4M3, 0.01);
     lse = output("lse", FP32, B * H * T, 512, 1);  // a score's FP32 sum rounds, and lse may be near zero
-    #pragma omp parallel for
-    for (long i = 0; i < B * H * T; i++) {
-        const float *q = qkv->value + (i / T / H * T + i % T) * 3 * C + i / T % H * D, *k = q + C;
-        double sum = 0;
-        for (long j = i % T; j >= 0; j--, k -= 3 * C) {
-            double s = 0;
-            for (int d = 0; d < D; d++) s += (double)q[d] * k[d];
-            sum += exp(s / 8);
-        }
-        lse->want[i] = (float)log2(sum);
-    }
+    attention_lse(lse->want, qkv->value, B, T, C, H);
     scores = (float*)work_space(sizeof(float) * (size_t)(B * H * T * T));
     floor_flops = 2.0 * B * T * T * C, floor_format = BF16;
 }
@@ -296,10 +286,7 @@ static const Version VERSIONS[] = {
     {"the next tiles come meanwhile", run6, "attention_forward_mma<64>"},
     {}};
 static const Kernel KERNELS[] = {
-    {"attention forward",
-     "B T C H",
-     open_forward,
-     VERSIONS,
+    {"attention forward", "B T C H", open_forward, VERSIONS,
      {{1, 1, 64, 1}, {2, 70, 128, 2}, {1, 128, 64, 1}, {1, 130, 64, 1}},
      {{8, 1024, 768, 12}, {4, 1024, 1600, 25}}},
 };

@@ -15,8 +15,8 @@ in a column, and dgain and dbias are sums down the columns.
 */
 #include "steps.h"
 
-static const float A = 0.774596669f, B = 0.632455532f;  // sqrt(1 - tau), sqrt(tau) for tau = 0.4
 enum { WARPS = THREADS / 32, BAND = 32 };
+static const float A = 0.774596669f, B = 0.632455532f;  // sqrt(1 - tau), sqrt(tau) for tau = 0.4
 static long N, C;
 static Array *x, *skip, *gain, *bias, *out, *codes, *codes_t, *mean, *rstd;  // skip: dskip in backward
 static Array *dout, *sum, *dgain, *dbias;
@@ -291,8 +291,7 @@ static const char* const APART = "backward_rows backward_columns norm_parameters
 static const Version BACKWARD[] = {
     {"a warp a row, then a thread a column", backward1, APART},
     {"a thread 64 rows of a column", backward2, APART},
-    {"candidate: 32 rows stay in shared memory", backward3, "backward_band norm_parameters_kernel", 0,
-     bytes_of_bands},
+    {"candidate: rows stay on chip", backward3, "backward_band norm_parameters_kernel", 0, bytes_of_bands},
     {"rows and columns in one kernel, by tiles", backward4, "norm_backward_kernel norm_parameters_kernel"},
     {}};
 static const Kernel KERNELS[] = {

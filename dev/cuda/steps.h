@@ -1,4 +1,5 @@
-// steps.h: what a first version does in kernels of their own, and later versions do on the way.
+// steps.h: what first versions do in kernels of their own and later ones on the way; and a reference that
+// train_us.c does not have.
 #pragma once
 #include "bench.h"
 
@@ -45,4 +46,23 @@ static __global__ void transpose_tile(fp8* qt, const fp8* q, long N, long W, lon
 static void launch_transpose_tile(fp8* qt, const fp8* q, long N, long W) {
     transpose_tile<<<tiles(N, W), THREADS, 0, stream>>>(qt, q, N, W, padded(N));
     launched("transpose");
+}
+
+// On the host, in double: what attention saves of each row of scores (B,H,T), the base-2 logarithm of its sum
+// of e^(q k / sqrt(D)) over the keys up to the query. qkv (B,T,3C).
+static void attention_lse(float* lse, const float* qkv, long B, long T, long C, long H) {
+    const long D = C / H;
+    #pragma omp parallel for
+    for (long i = 0; i < B * H * T; i++) {
+        const float *q = qkv + (i / T / H * T + i % T) * 3 * C + i / T % H * D, *k = q + C;
+        double max = -INFINITY, sum = 0;
+        for (long j = i % T; j >= 0; j--, k -= 3 * C) {
+            double s = 0;
+            for (long d = 0; d < D; d++) s += (double)q[d] * k[d];
+            s /= sqrt((double)D);
+            sum = s > max ? 1 + sum * exp(max - s) : sum + exp(s - max);
+            max = fmax(max, s);
+        }
+        lse[i] = (float)((max + log(sum)) / log(2));
+    }
 }
