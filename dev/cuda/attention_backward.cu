@@ -224,7 +224,8 @@ static void run3(void) {
 // Version 5, but in its first pass an ldmatrix of the queries' side feeds four mma: 48 ldmatrix for 128 mma,
 // not 72, and 128 keys a block halve the copies of Q and dY. What decides: an ldmatrix takes 4 cycles, two
 // mma take 4 on an A100 and at best 2 on an H100, so these reads may be what limits; but dK and dV of 32 keys
-// are 128 registers, so that steps have 32 queries only and an SM has 8 warps, not 12.
+// are 128 registers, so that steps have 32 queries only and an SM has 8 warps, not 12 (and 8 bytes are
+// spilled).
 static __global__ void __launch_bounds__(MMA_THREADS, 2)
 attention_backward_kv_32(Dest<bf16> dqkv, const bf16* dy, const bf16* qkv, const float* lse,
                          const float* delta, int T, long C) {
