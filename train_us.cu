@@ -1167,7 +1167,7 @@ static struct {
     void* workspace;
     bf16* decoded[2];  // both operands of an FP8 product, on cards without FP8
     Product* products;
-    int count;
+    int count, last;   // last: the product that gemm() did last
 } lt;
 enum { WORKSPACE = 32 << 20 };
 static Side side(const void* p, long ld, int k_contiguous, cudaDataType_t type) {
@@ -1257,10 +1257,23 @@ static void gemm(const char* name, void* out, cudaDataType_t type, long ld, Side
     s.fast = fast && bytes_of(a.type) == 1;
     s.align = (int)(bits & -bits);
     const Product* p = product_of(&s);
+    lt.last = (int)(p - lt.products);
     const float beta = (float)add;
     LT(cublasLtMatmul(lt.handle, p->operation, &alpha, b.p, p->b, a.p, p->a, &beta, out, p->out, out, p->out,
                       &p->algo, lt.workspace, WORKSPACE, stream));
     launched(name);
+}
+// The products of a linear, as in train_us.c; where N is summed it may be padded.
+static void launch_linear_forward(void* y, cudaDataType_t type, Side x, Side w, long N, long I, long O,
+                                  float alpha) {
+    gemm("linear forward", y, type, O, x, w, N, O, I, alpha, 0, 1);
+}
+static void launch_linear_dx(void* dx, cudaDataType_t type, Side dy, Side w, long N, long I, long O,
+                             float alpha) {
+    gemm("linear dX", dx, type, I, dy, w, N, I, O, alpha, 0, 0);
+}
+static void launch_linear_dw(float* dw, Side dy, Side x, long N, long I, long O, float alpha) {
+    gemm("linear dW", dw, CUDA_R_32F, I, dy, x, O, I, N, alpha, 1, 0);
 }
 
 // FLOP/s of an n x n x n product, the best of a few: what this card can do, measured and not taken from a
@@ -1507,8 +1520,8 @@ template <class S> static void linear_forward_gpu(Model* m, int l, int kind, S* 
     const cudaDataType_t type = gpu.is_fp8 ? CUDA_R_8F_E4M3 : gpu.type;
     stat_gpu(m, stat_row(m, l, kind), t->name, 0, value, N * I, t->operand);
     stat_gpu(m, stat_row(m, l, kind), t->name, 1, param_gpu(m, l, kind), O * I, t->operand);
-    gemm("linear forward", y, gpu.type, O, side(gpu.is_fp8 ? (void*)gpu.x : (void*)value, I, 1, type),
-         side(weight_gpu<S>(m, l, kind), I, 1, type), N, O, I, t->alpha, 0, 1);
+    launch_linear_forward(y, gpu.type, side(gpu.is_fp8 ? (void*)gpu.x : (void*)value, I, 1, type),
+                          side(weight_gpu<S>(m, l, kind), I, 1, type), N, I, O, t->alpha);
 }
 // dX = alpha dY W, dW += alpha dY^T X. dy and x: in the stream's format, where they are not FP8.
 template <class S>
@@ -1527,9 +1540,8 @@ static void linear_backward_gpu(Model* m, int l, int kind, S* dx, const S* dy, c
             CUDA(cudaMemset2DAsync(gpu.dyt + N, (size_t)Np, 0, (size_t)(Np - N), (size_t)O, stream));
         }
     }
-    gemm("linear dX", dx, gpu.type, I, dy_rows, w, N, I, O, t->alpha, 0, 0);
-    gemm("linear dW", grad_gpu(m, l, kind), CUDA_R_32F, I, dy_columns, x_columns, O, I, gpu.is_fp8 ? Np : N,
-         t->alpha, 1, 0);
+    launch_linear_dx(dx, gpu.type, dy_rows, w, N, I, O, t->alpha);
+    launch_linear_dw(grad_gpu(m, l, kind), dy_columns, x_columns, gpu.is_fp8 ? Np : N, I, O, t->alpha);
 }
 
 template <class S> static void norm_forward_gpu(Model* m, int l, int branch, Dest<S> out, const S* x, S* sum,

@@ -117,7 +117,7 @@ gpu: NN layout in FP8 | s/w = side(gpu.wt + t->offset, O, 1/w = side(gpu.w + t->
 gpu: E5M2 by E5M2 | s/x_columns = side(xt, Np, 1, CUDA_R_8F_E4M3)/x_columns = side(xt, Np, 1, CUDA_R_8F_E5M2)/
 gpu: gradients in E4M3 | s/d.format = E5M2;/d.format = E4M3;/
 gpu: padded rows are not zero | s/if (Np > N) {/if (0) {/
-gpu: dW without its factor | s/gpu.is_fp8 ? Np : N,$/gpu.is_fp8 ? Np : N, 1.0f + 0 */
+gpu: dW without its factor | s/O, I, N, alpha, 1, 0);/O, I, N, 1.0f, 1, 0);/
 gpu: dW does not accumulate | s/const float beta = (float)add;/const float beta = 0;/
 gpu: the skip is not weighted | s/v\[i\] += a \* g\[i\];/v[i] += g[i];/
 gpu: gain and bias gradients swapped | s/bias ? d\[i\] : d\[i\] \* v\[i\]/bias ? d[i] * v[i] : d[i]/
@@ -141,7 +141,7 @@ lab layernorm_residual: barrier missing before dx takes the place of sum | /^sta
 lab classifier: the target's logit is read after it was written | /^loss_online/,/^}/s/^    __syncthreads();//
 lab classifier: the largest logit is not subtracted | /^loss_block/,/^}/s/max = block_max(max, shared);/max = 0;/
 lab classifier: padded columns take part | s/shared\[v + i\] = (bf16)-INFINITY/shared[v + i] = (bf16)0.0f/
-lab linear_fp8: dW without its padding | s/of(dyt, Np, 1), of(xt, Np, 1), O, I, Np, fast/of(dyt, Np, 1), of(xt, Np, 1), O, I, N \& -16, fast/
+lab linear_fp8: dW without its padding | s/of(dyt, Np, 1), of(xt, Np, 1), Np, I, O/of(dyt, Np, 1), of(xt, Np, 1), N \& -16, I, O/
 lab linear_fp8: codes of E5M2 read as E4M3 | s/a->format == E4M3 ? CUDA_R_8F_E4M3/a->size == 1 ? CUDA_R_8F_E4M3/
 lab matmul_fp8: fragments of b swapped | s/y\[j \/ 2\]\[j % 2 \* 2\], y\[j \/ 2\]\[j % 2 \* 2 + 1\]/y[j \/ 2][j % 2 * 2 + 1], y[j \/ 2][j % 2 * 2]/
 lab matmul_fp8: a stage is read before it is there | s/cp_async_wait(STAGES - 2)/cp_async_wait(STAGES - 1)/
