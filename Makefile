@@ -1,7 +1,7 @@
 # make              the CPU trainer                  make test     all tests, of what this machine has
 # make train        train on this project's sources  make bench    speed on the CPU, and where the time goes
 # make train_us_cuda    the GPU trainer (needs the CUDA Toolkit); make gpu: its tests and its speed, on a GPU
-# make train_us_emu     the GPU trainer on a CPU (dev/emu)
+# make train_us_emu     the GPU trainer on a CPU (dev/emu); make -C dev/cuda check: its kernels, version by version
 # make CC=clang   another compiler; make OMP= builds without OpenMP
 CC ?= gcc
 ifeq ($(origin CC),default)

@@ -235,13 +235,12 @@ static const char* wrong(const Array* a) {
         worst = error > worst ? error : worst, differ += error != 0;
         if (!(error <= a->units)) beyond++, first = i < first ? i : first;
     }
+    if (!*what && beyond > 0 && isnan(a->want[first]))
+        what = form("%s[%ld] is padding and was written", a->name, first);
     if (!*what && beyond > 0)
-        what = isnan(a->want[first]) ? form("%s[%ld] is padding and was written", a->name, first)
-                                     : form(
-                                           "%s[%ld] is %g, not %g; of %.0f values %.0f are off by more than "
-                                           "%g units, at most by %.3g",
-                                           a->name, first, (double)decode(a, got, first),
-                                           (double)a->want[first], count, beyond, a->units, worst);
+        what = form("%s[%ld] is %g, not %g; %.0f of %.0f values are off by more than %g units, by up to %.3g",
+                    a->name, first, (double)decode(a, got, first), (double)a->want[first], beyond, count,
+                    a->units, worst);
     if (!*what && !(differ <= a->share * count + (a->share > 0 ? 2 : 0)))
         what = form("%s: %.2f %% of the values differ, %.2f %% allowed", a->name, 100 * differ / count,
                     100 * a->share);
@@ -252,7 +251,7 @@ static const char* wrong(const Array* a) {
 // be in the time that is measured, fails there.
 static void check_stream(void (*run)(void)) {
     cudaGraph_t graph;
-    CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+    CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
     run();
     const cudaError_t e = cudaStreamEndCapture(stream, &graph);
     if (e != cudaSuccess)
@@ -272,7 +271,7 @@ static void check_version(const Kernel* k, int i, const char* shape) {
         else CUDA(cudaMemset(a->device, 0xFF, (size_t)(a->n * a->size)));
     }
     for (int j = 0; j < num_spaces; j++) CUDA(cudaMemset(spaces[j].p, 0xFF, spaces[j].bytes));
-    CUDA(cudaDeviceSynchronize());  // copies from the host are on another stream
+    CUDA(cudaDeviceSynchronize());
 #ifndef __CUDACC__
     emu::context = where;
 #endif
