@@ -163,8 +163,9 @@ sanitize_emu: test_us_emu_asan test_us_emu_race
 	./test_us_emu_race next not_finite
 
 clean:
-	rm -rf $(basename $(wildcard dev/cuda/*.cu)) train_us train_us_emu train_us_cuda test_us test_us_sanitized test_us_emu test_us_emu_asan \
-	  test_us_emu_race test_us_cuda test_us_plain bench_us bench_gpu out .flags .flags_cuda .flags_emu
+	rm -rf train_us train_us_emu train_us_cuda test_us test_us_sanitized test_us_emu test_us_emu_asan \
+	  test_us_emu_race test_us_cuda test_us_plain bench_us bench_gpu out .flags .flags_cuda .flags_emu \
+	  $(basename $(wildcard dev/cuda/*.cu))
 
 .PHONY: all test test_emu train bench mutants sanitize sanitize_emu gpu bench_gpu_emu clean FORCE
 .SECONDARY:

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # `make gpu`: everything a visit to a GPU is for, in under eight minutes. Builds for this card, runs all tests on it,
-# trains on GPU and CPU side by side, measures; writes dev/results/CARD-DATE.md as it goes (and a copy to the folder OUT, if that is set), to be committed as it is.
+# trains on GPU and CPU side by side, measures; writes dev/results/CARD-DATE.md as it goes (and a copy to the folder
+# OUT, if that is set), to be committed as it is.
 set -u -o pipefail
 cd "$(dirname "$0")/.." || exit 1
 if ! command -v nvidia-smi >/dev/null || ! card=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1); then

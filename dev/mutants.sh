@@ -3,8 +3,8 @@
 # be caught.
 #   make mutants            all of them         dev/mutants.sh WORD   those whose name contains WORD
 # A line below is: name | sed command that breaks it; those named gpu break train_us.cu, those named lab a file of
-# dev/cuda, and run on the emulator, with both orders of threads. Mutants are built without OpenMP, JOBS (2) at a time. EVERY=n OFFSET=k takes each
-# n-th line only, and the GPU's first seven.
+# dev/cuda, and run on the emulator, with both orders of threads. Mutants are built without OpenMP, JOBS (2) at a
+# time. EVERY=n OFFSET=k takes each n-th line only, and the GPU's first seven.
 cd "$(dirname "$0")/.." || exit 1
 CC=${CC:-cc} CXX=${CXX:-g++} JOBS=${JOBS:-2}
 TESTS=${TESTS:-formats random matmul activ large gradients table data text oracle accum generate window held dump checkpoints}

@@ -25,10 +25,9 @@ static Dest<bf16> to_dqkv(void) { return dest(dqkv, codes, codes_t, B * T, 3 * C
 static const cudaFuncAttribute MOST_SHARED = cudaFuncAttributeMaxDynamicSharedMemorySize;
 static const float SCALE = 0.125f;  // 1 / sqrt(D)
 static dim3 grid(long rows) { return dim3((unsigned)div_up(T, rows), (unsigned)H, (unsigned)B); }
-static unsigned blocks_for(long threads) { return (unsigned)div_up(threads, THREADS); }
 static void dots(void) {
-    attention_dot<bf16><<<blocks_for(32 * B * T * H), THREADS, 0, stream>>>(delta, at<bf16>(dy), at<bf16>(y),
-                                                                            B, T, H, D);
+    attention_dot<bf16><<<blocks(32 * B * T * H, THREADS), THREADS, 0, stream>>>(delta, at<bf16>(dy),
+                                                                                 at<bf16>(y), B, T, H, D);
     launched("delta");
 }
 
@@ -63,10 +62,10 @@ static __global__ void gradient_each(Dest<bf16> to, const float* P, const float*
 }
 static void run1(void) {
     dots();
-    pair_each<<<blocks_for(B * H * T * T), THREADS, 0, stream>>>(P, dS, at<bf16>(dy), at<bf16>(qkv),
+    pair_each<<<blocks(B * H * T * T, THREADS), THREADS, 0, stream>>>(P, dS, at<bf16>(dy), at<bf16>(qkv),
                                                                  at<float>(lse), delta, B, T, H);
     launched("pairs");
-    gradient_each<<<blocks_for(B * T * 3 * C), THREADS, 0, stream>>>(to_dqkv(), P, dS, at<bf16>(dy),
+    gradient_each<<<blocks(B * T * 3 * C, THREADS), THREADS, 0, stream>>>(to_dqkv(), P, dS, at<bf16>(dy),
                                                                      at<bf16>(qkv), B, T, C);
     launched("gradients");
 }
@@ -112,20 +111,6 @@ static __device__ void products_transposed(float (&s)[F][N / 8][4], const bf16* 
         for (int j = 0; j < N / 8; j += 2) {
             ldmatrix<false>(b, tile + chunk<D>(8 * j + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
             for (int f = 0; f < F; f++) mma(s[f][j], a[f], b[0], b[1]), mma(s[f][j + 1], a[f], b[2], b[3]);
-        }
-    }
-}
-template <int F, int N>
-static __device__ void add_products(float (&o)[F][D / 8][4], const float (&p)[F][N / 8][4],
-                                    const bf16* tile) {
-    for (int k = 0; k < N / 8; k += 2) {
-        uint32_t a[F][4], b[4];
-        for (int f = 0; f < F; f++)
-            for (int i = 0; i < 4; i++)
-                a[f][i] = pack_bf16(p[f][k + i / 2][i % 2 * 2], p[f][k + i / 2][i % 2 * 2 + 1]);
-        for (int j = 0; j < D / 8; j += 2) {
-            ldmatrix<true>(b, tile + chunk<D>(8 * k + threadIdx.x % 16, j + threadIdx.x / 16 % 2));
-            for (int f = 0; f < F; f++) mma(o[f][j], a[f], b[0], b[1]), mma(o[f][j + 1], a[f], b[2], b[3]);
         }
     }
 }
@@ -176,12 +161,12 @@ static __device__ void over_queries(Dest<bf16> dqkv, float* dq, Head a, int T, l
         for (int f = 0; f < F; f++)
             for (int n = 0; n < N / 8; n++)
                 for (int i = 0; i < 4; i++) p[f][n][i] = exp2_fast(p[f][n][i] * scale - l[8 * n + i % 2]);
-        add_products<F, N>(dv, p, dY);
+        add_products<D, F, N>(dv, p, dY);
         products_transposed<F, N>(ds, V, dY);
         for (int f = 0; f < F; f++)
             for (int n = 0; n < N / 8; n++)
                 for (int i = 0; i < 4; i++) ds[f][n][i] = p[f][n][i] * (ds[f][n][i] - e[8 * n + i % 2]);
-        add_products<F, N>(dk, ds, Q);
+        add_products<D, F, N>(dk, ds, Q);
         if constexpr (ADD_DQ) add_dq(dq + (n0 + q0) * C + col0, S, K, ds[0], T - q0, C);
     }
     #pragma unroll

@@ -21,7 +21,6 @@ static Array *qkv, *y, *codes, *codes_t, *lse;
 static Dest<bf16> to_y(void) { return dest(y, codes, codes_t, B * T, C, E4M3); }
 static const float SCALE = 1.44269504f / 8;  // log2(e) / sqrt(D)
 static dim3 grid(long rows) { return dim3((unsigned)div_up(T, rows), (unsigned)H, (unsigned)B); }
-static unsigned blocks_for(long threads) { return (unsigned)div_up(threads, THREADS); }
 
 // ---- 1. The scores in memory ------------------------------------------------------------------------------
 // A thread for each score, then each row, then each output. A query has 256 bytes of Q and Y in a head, and
@@ -55,11 +54,11 @@ static __global__ void value_each(Dest<bf16> y, const float* p, const bf16* qkv,
     y.q[i] = y.qt[c * y.Np + i / C] = (fp8)to_fp8x2(round_s<bf16>(sum), 0.0f, y.format);
 }
 static void run1(void) {
-    score_each<<<blocks_for(B * H * T * T), THREADS, 0, stream>>>(scores, at<bf16>(qkv), B, T, H);
+    score_each<<<blocks(B * H * T * T, THREADS), THREADS, 0, stream>>>(scores, at<bf16>(qkv), B, T, H);
     launched("scores");
-    softmax_rows<<<blocks_for(B * H * T), THREADS, 0, stream>>>(scores, at<float>(lse), B * H * T, T);
+    softmax_rows<<<blocks(B * H * T, THREADS), THREADS, 0, stream>>>(scores, at<float>(lse), B * H * T, T);
     launched("softmax");
-    value_each<<<blocks_for(B * T * C), THREADS, 0, stream>>>(to_y(), scores, at<bf16>(qkv), B, T, C);
+    value_each<<<blocks(B * T * C, THREADS), THREADS, 0, stream>>>(to_y(), scores, at<bf16>(qkv), B, T, C);
     launched("values");
 }
 
@@ -192,20 +191,6 @@ static __device__ void times_transposed_2(float (&s)[2][ROWS / 8][4], const uint
                 mma(s[f][j], a[f][k], b[0], b[1]), mma(s[f][j + 1], a[f][k], b[2], b[3]);
         }
 }
-static __device__ void add_product_2(float (&o)[2][D / 8][4], const float (&p)[2][ROWS / 8][4],
-                                     const bf16* tile) {
-    const int lane = threadIdx.x % 32;
-    for (int k = 0; k < ROWS / 8; k += 2) {
-        uint32_t a[2][4], b[4];
-        for (int f = 0; f < 2; f++)
-            for (int i = 0; i < 4; i++)
-                a[f][i] = pack_bf16(p[f][k + i / 2][i % 2 * 2], p[f][k + i / 2][i % 2 * 2 + 1]);
-        for (int j = 0; j < D / 8; j += 2) {
-            ldmatrix<true>(b, tile + chunk<D>(8 * k + lane % 16, j + lane / 16));
-            for (int f = 0; f < 2; f++) mma(o[f][j], a[f], b[0], b[1]), mma(o[f][j + 1], a[f], b[2], b[3]);
-        }
-    }
-}
 // Fragment f of a warp is 16 of the queries q0 + 64 f and on, where a block of 64 queries would have them.
 static __global__ void __launch_bounds__(MMA_THREADS, 2)
 attention_forward_32(Dest<bf16> y, float* lse, const bf16* qkv, int T, long C) {
@@ -237,7 +222,7 @@ attention_forward_32(Dest<bf16> y, float* lse, const bf16* qkv, int T, long C) {
             if (j >= first + f) hide<ROWS>(s[f], q0 + f * ROWS, j * ROWS, false);
             softmax_step<D, ROWS>(s[f], o[f], max[f], sum[f], SCALE);
         }
-        add_product_2(o, s, V + j % 2 * SIZE);
+        add_products<D, 2, ROWS>(o, s, V + j % 2 * SIZE);
     }
     #pragma unroll
     for (int f = 0, t = q0; f < 2 && t < T; f++, t += ROWS) {

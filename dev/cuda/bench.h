@@ -112,6 +112,7 @@ static void output_codes(Array** q, Array** qt, const float* values, long N, lon
             if (n < N) (*q)->want[n * W + w] = v;
         }
 }
+static unsigned blocks(long n, long each) { return (unsigned)div_up(n, each); }  // of a launch
 // Where an array is in the copy that is used now; NULL for none.
 template <class X> static X* at(const Array* a) { return a ? (X*)(a->device + copy * a->stride) : NULL; }
 static Dest<bf16> dest(const Array* out, const Array* q, const Array* qt, long N, long W, Format format) {

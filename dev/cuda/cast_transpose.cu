@@ -59,7 +59,7 @@ static void find_most(void) {
 }
 static void run1(void) {
     find_most();
-    cast_kernel<<<(unsigned)div_up(N * W, 16 * THREADS), THREADS, 0, stream>>>(at<fp8>(codes), at<bf16>(x),
+    cast_kernel<<<blocks(N * W, 16 * THREADS), THREADS, 0, stream>>>(at<fp8>(codes), at<bf16>(x),
                                                                               at<float>(most), N * W);
     launched("cast");
     launch_transpose_tile(at<fp8>(codes_t), at<fp8>(codes), N, W);

@@ -28,7 +28,7 @@ static __global__ void forward_value(bf16* x, const int* tokens, const float* wt
     x[i] = (bf16)((e + p) * S);
 }
 static void forward1(void) {
-    forward_value<<<(unsigned)div_up(N * C, THREADS), THREADS, 0, stream>>>(
+    forward_value<<<blocks(N * C, THREADS), THREADS, 0, stream>>>(
         at<bf16>(x), at<int>(tokens), at<float>(wte), at<float>(wpe), N, T, C);
     launched("embedding");
     launch_cast_value(at<fp8>(codes), at<bf16>(x), E4M3, N * C);
@@ -50,7 +50,7 @@ static __global__ void forward_codes(bf16* x, fp8* q, const int* tokens, const f
     store_fp8(q + i, e, E4M3);
 }
 static void forward2(void) {
-    forward_codes<<<(unsigned)div_up(N * C, 16 * THREADS), THREADS, 0, stream>>>(
+    forward_codes<<<blocks(N * C, 16 * THREADS), THREADS, 0, stream>>>(
         at<bf16>(x), at<fp8>(codes), at<int>(tokens), at<float>(wte), at<float>(wpe), N, T, C);
     launched("embedding");
     launch_transpose_tile(at<fp8>(codes_t), at<fp8>(codes), N, C);
@@ -74,7 +74,7 @@ static __global__ void backward_atomic(float* dwte, float* dwpe, const bf16* dx,
     atomicAdd(&dwpe[n % T * C + c], d);
 }
 static void backward1(void) {
-    backward_atomic<<<(unsigned)div_up(N * C, THREADS), THREADS, 0, stream>>>(
+    backward_atomic<<<blocks(N * C, THREADS), THREADS, 0, stream>>>(
         at<float>(dwte), at<float>(dwpe), at<bf16>(dx), at<int>(tokens), N, T, C);
     launched("atomic sums");
 }
@@ -92,7 +92,7 @@ static __global__ void backward_column(float* dwte, float* dwpe, const bf16* dx,
     }
 }
 static void backward2(void) {
-    backward_column<<<(unsigned)div_up(C, 32), 32, 0, stream>>>(at<float>(dwte), at<float>(dwpe),
+    backward_column<<<blocks(C, 32), 32, 0, stream>>>(at<float>(dwte), at<float>(dwpe),
                                                                 at<bf16>(dx), at<int>(tokens), N, T, C);
     launched("columns");
 }
@@ -134,15 +134,15 @@ static __global__ void backward_join(float* dwte, const float* parts, const int*
     dwte[token * C + c] += sum;
 }
 static void backward3(void) {
-    const unsigned blocks = (unsigned)div_up(N, RUN);
-    const dim3 runs(blocks, (unsigned)div_up(C, 2 * 128)), joins(blocks, (unsigned)div_up(C, 128));
+    const unsigned grid = blocks(N, RUN);
+    const dim3 runs(grid, (unsigned)div_up(C, 2 * 128)), joins(grid, (unsigned)div_up(C, 128));
     backward_runs<<<runs, 128, 0, stream>>>(at<float>(dwte), parts, at<bf16>(dx), at<int>(tokens),
                                             at<int>(order), at<int>(starts), N, C);
     launched("runs");
     backward_join<<<joins, 128, 0, stream>>>(at<float>(dwte), parts, at<int>(tokens), at<int>(order),
                                              at<int>(starts), N, C);
     launched("join");
-    position_backward_kernel<bf16><<<(unsigned)div_up(T * C, 16 * THREADS), THREADS, 0, stream>>>(
+    position_backward_kernel<bf16><<<blocks(T * C, 16 * THREADS), THREADS, 0, stream>>>(
         at<float>(dwpe), at<bf16>(dx), S, N / T, T, C);
     launched("positions");
 }

@@ -26,9 +26,9 @@ static __global__ void activation_value(bf16* out, const bf16* h, const bf16* dg
     out[i] = (bf16)(dg ? (float)dg[i] * activation_slope(x, GELU) : activate(x, GELU));
 }
 static void run1(void) {
-    const unsigned blocks = (unsigned)div_up(N * W, THREADS);
+    const unsigned grid = blocks(N * W, THREADS);
     const Format format = dg ? E5M2 : E4M3;
-    activation_value<<<blocks, THREADS, 0, stream>>>(value, at<bf16>(h), at<bf16>(dg), N * W);
+    activation_value<<<grid, THREADS, 0, stream>>>(value, at<bf16>(h), at<bf16>(dg), N * W);
     launched("value");
     launch_cast_value(at<fp8>(codes), value, format, N * W);
     launch_transpose_value(at<fp8>(codes_t), at<fp8>(codes), N, W);
@@ -44,9 +44,9 @@ static __global__ void activation_codes(fp8* q, const bf16* h, const bf16* dg, F
     q[i] = (fp8)to_fp8x2(round_s<bf16>(y), 0.0f, format);
 }
 static void run2(void) {
-    const unsigned blocks = (unsigned)div_up(N * W, THREADS);
+    const unsigned grid = blocks(N * W, THREADS);
     const Format format = dg ? E5M2 : E4M3;
-    activation_codes<<<blocks, THREADS, 0, stream>>>(at<fp8>(codes), at<bf16>(h), at<bf16>(dg), format,
+    activation_codes<<<grid, THREADS, 0, stream>>>(at<fp8>(codes), at<bf16>(h), at<bf16>(dg), format,
                                                      N * W);
     launched("codes");
     launch_transpose_value(at<fp8>(codes_t), at<fp8>(codes), N, W);
@@ -67,7 +67,7 @@ static __global__ void activation_codes16(fp8* q, const bf16* h, const bf16* dg,
     store_fp8(q + i, x, format);
 }
 static void run3(void) {
-    activation_codes16<<<(unsigned)div_up(N * W, 16 * THREADS), THREADS, 0, stream>>>(
+    activation_codes16<<<blocks(N * W, 16 * THREADS), THREADS, 0, stream>>>(
         at<fp8>(codes), at<bf16>(h), at<bf16>(dg), dg ? E5M2 : E4M3, N * W);
     launched("codes");
     launch_transpose_tile(at<fp8>(codes_t), at<fp8>(codes), N, W);

@@ -30,7 +30,6 @@ static Data data(void) {
     return {at<bf16>(x), at<bf16>(skip), at<bf16>(dout), at<float>(gain), at<float>(bias), at<bf16>(out),
             at<bf16>(sum), at<fp8>(codes), at<float>(mean), at<float>(rstd), N, C};
 }
-static unsigned blocks(long n, long each) { return (unsigned)div_up(n, each); }
 
 // ---- Forward 1. A thread a row; cast and transposition in kernels of their own ----------------------------
 // 6 bytes a value, 3 and 2: 11. The first kernel moves more: neighbours read C values apart, a sector of 32
@@ -217,18 +216,13 @@ static __global__ void __launch_bounds__(512) backward_band(Data d, float* parti
         parts[c] = sums[0], parts[C + c] = sums[1];
     }
     __syncthreads();
-    for (int p = (int)threadIdx.x * 16; p < rows * C; p += 512 * 16) {
-        float v[16];
-        load16(v, sum + p / C * stride + p % C);
-        store_fp8(d.q + row0 * C + p, v, E5M2);
-    }
     put_tile(to, sum, stride, row0, 0, rows, C);
 }
 static int band_of(void) { return C > 1024 ? 16 : BAND; }
 static long bytes_of_bands(void) { return 2 * band_of() * (C + 8) * (long)sizeof(bf16); }
 static void backward3(void) {
     const int band = band_of(), bytes = (int)bytes_of_bands();
-    const Dest<bf16> to = dest(NULL, NULL, codes_t, N, C, E5M2);
+    const Dest<bf16> to = dest(NULL, codes, codes_t, N, C, E5M2);
     CUDA(cudaFuncSetAttribute(backward_band, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
     backward_band<<<blocks(N, band), 512, bytes, stream>>>(data(), partial, band, to);
     launched("norm");

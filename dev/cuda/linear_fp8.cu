@@ -166,8 +166,8 @@ static void open_room(long n, long i, long o) {
     arrays_upload(1);
     for (const Array* a = arrays; a < end; a++)
         for (copy = 0; copy < copies; copy++) {
-            const unsigned blocks = (unsigned)div_up(a->n, THREADS);
-            fill_kernel<<<blocks, THREADS, 0, stream>>>(at<void>(a), a->format, a->n);
+            const unsigned grid = blocks(a->n, THREADS);
+            fill_kernel<<<grid, THREADS, 0, stream>>>(at<void>(a), a->format, a->n);
             launched("fill");
         }
     CUDA(cudaMemsetAsync(dw->device, 0, (size_t)(dw->stride * copies), stream));

@@ -49,7 +49,7 @@ product_value(bf16* out, const fp8* a, const fp8* b, float alpha, long M, long N
     out[i] = (bf16)(alpha * sum);
 }
 static void run1(void) {
-    product_value<<<(unsigned)div_up(M * N, THREADS), THREADS, 0, stream>>>(
+    product_value<<<blocks(M * N, THREADS), THREADS, 0, stream>>>(
         at<bf16>(out), at<fp8>(a), at<fp8>(b), 1 / sqrtf((float)K), M, N, K);
     launched("value");
 }

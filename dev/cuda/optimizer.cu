@@ -16,7 +16,6 @@ the codes are 2 more. 124 M weights are 2.7 GB and 3.7 GB. Arithmetic does not c
 #include "steps.h"
 
 static long O, I;
-static bool adam;
 static Array *w, *m, *v, *g, *codes, *codes_t, *rates_array, *result;
 
 __device__ static float stepped(float w, float* m, float* v, float g, const Rates& r) {
@@ -34,11 +33,11 @@ static __global__ void cast_weight(fp8* q, const float* w, long n) {
     if (i < n) q[i] = (fp8)to_fp8x2(round_s<bf16>(w[i]), 0.0f, E4M3);
 }
 static void run1(void) {
-    const unsigned blocks = (unsigned)div_up(O * I, THREADS);
-    step_value<<<blocks, THREADS, 0, stream>>>(at<float>(w), at<float>(m), at<float>(v), at<float>(g),
+    const unsigned grid = blocks(O * I, THREADS);
+    step_value<<<grid, THREADS, 0, stream>>>(at<float>(w), at<float>(m), at<float>(v), at<float>(g),
                                                at<Rates>(rates_array), O * I);
     launched("step");
-    cast_weight<<<blocks, THREADS, 0, stream>>>(at<fp8>(codes), at<float>(w), O * I);
+    cast_weight<<<grid, THREADS, 0, stream>>>(at<fp8>(codes), at<float>(w), O * I);
     launched("cast");
     launch_transpose_value(at<fp8>(codes_t), at<fp8>(codes), O, I);
 }
@@ -65,7 +64,7 @@ static __global__ void step_codes(fp8* q, float* w, float* m, float* v, const fl
     store_fp8(q + i, wt, E4M3);
 }
 static void run2(void) {
-    step_codes<<<(unsigned)div_up(O * I, 16 * THREADS), THREADS, 0, stream>>>(
+    step_codes<<<blocks(O * I, 16 * THREADS), THREADS, 0, stream>>>(
         at<fp8>(codes), at<float>(w), at<float>(m), at<float>(v), at<float>(g), at<Rates>(rates_array),
         O * I);
     launched("step");
@@ -79,8 +78,8 @@ static void run3(void) {
                         at<float>(g), at<Rates>(rates_array), at<Result>(result), 1.0f, 1, O, I);
 }
 
-static void open_case(const long* shape, bool adamw) {
-    O = shape[0], I = shape[1], adam = adamw;
+static void open_case(const long* shape, bool with_v) {
+    O = shape[0], I = shape[1];
     const long n = O * I;
     const Rates rates = {0.01f, 0.001f, 1e-8f, 0.1f, 0.05f};  // as early in training
     const Result all_finite = {};
@@ -94,7 +93,7 @@ static void open_case(const long* shape, bool adamw) {
     for (long i = 0; i < n; i++)  // away from where the sign of Lion's c hangs on the last bit
         if (fabsf(0.9f * m->value[i] + 0.1f * g->value[i]) < 1e-3f) m->want[i] = m->value[i] += 1.0f;
     encode(m);
-    if (adam) {
+    if (with_v) {
         v = updated("v", FP32, n, 1.0f, 128, 1);
         for (long i = 0; i < n; i++) v->want[i] = v->value[i] = fabsf(v->value[i]);
         encode(v);

@@ -8,7 +8,7 @@ static __global__ void cast_value(fp8* q, const bf16* x, Format format, long n) 
     if (i < n) q[i] = (fp8)to_fp8x2((float)x[i], 0.0f, format);
 }
 static void launch_cast_value(fp8* q, const bf16* x, Format format, long n) {
-    cast_value<<<(unsigned)div_up(n, THREADS), THREADS, 0, stream>>>(q, x, format, n);
+    cast_value<<<blocks(n, THREADS), THREADS, 0, stream>>>(q, x, format, n);
     launched("cast");
 }
 
@@ -18,7 +18,7 @@ static __global__ void transpose_value(fp8* qt, const fp8* q, long N, long W, lo
     if (i < N * W) qt[i % W * Np + i / W] = q[i];
 }
 static void launch_transpose_value(fp8* qt, const fp8* q, long N, long W) {
-    transpose_value<<<(unsigned)div_up(N * W, THREADS), THREADS, 0, stream>>>(qt, q, N, W, padded(N));
+    transpose_value<<<blocks(N * W, THREADS), THREADS, 0, stream>>>(qt, q, N, W, padded(N));
     launched("transpose");
 }
 
@@ -46,6 +46,24 @@ static __global__ void transpose_tile(fp8* qt, const fp8* q, long N, long W, lon
 static void launch_transpose_tile(fp8* qt, const fp8* q, long N, long W) {
     transpose_tile<<<tiles(N, W), THREADS, 0, stream>>>(qt, q, N, W, padded(N));
     launched("transpose");
+}
+
+// train_us.cu's add_product with F fragments on the left, each a warp's 16 rows: o (16 x D) += p (16 x N),
+// rounded to BF16, times a tile (N x D). What ldmatrix reads feeds all of them.
+template <int D, int F, int N>
+__device__ static inline void add_products(float (&o)[F][D / 8][4], const float (&p)[F][N / 8][4],
+                                           const bf16* tile) {
+    const int lane = threadIdx.x % 32;
+    for (int k = 0; k < N / 8; k += 2) {
+        uint32_t a[F][4], b[4];
+        for (int f = 0; f < F; f++)
+            for (int i = 0; i < 4; i++)
+                a[f][i] = pack_bf16(p[f][k + i / 2][i % 2 * 2], p[f][k + i / 2][i % 2 * 2 + 1]);
+        for (int j = 0; j < D / 8; j += 2) {
+            ldmatrix<true>(b, tile + chunk<D>(8 * k + lane % 16, j + lane / 16));
+            for (int f = 0; f < F; f++) mma(o[f][j], a[f], b[0], b[1]), mma(o[f][j + 1], a[f], b[2], b[3]);
+        }
+    }
 }
 
 // On the host, in double: what attention saves of each row of scores (B,H,T), the base-2 logarithm of its sum

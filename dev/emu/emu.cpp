@@ -413,16 +413,16 @@ cudaError_t cudaGetLastError() {
     return e;
 }
 template <class T, class F>
-static T change(T* p, T v, F f, const void* code) {  // race.cpp hears of it as a whole
+static T change(T *p, T v, F f, const void *code) {  // race.cpp hears of it as a whole
     T old, now;
     if (note_access) note_access(p, sizeof(T), ATOMIC, code);
     __atomic_load(p, &old, __ATOMIC_SEQ_CST);
-    do now = f(old, v);
-    while (!__atomic_compare_exchange(p, &old, &now, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST));
+    do now = f(old, v); while (!__atomic_compare_exchange(p, &old, &now, 0, __ATOMIC_SEQ_CST,
+            __ATOMIC_SEQ_CST));
     return old;
 }
 int atomicAdd(int *p, int v) { return change(p, v, std::plus<int>(), __builtin_return_address(0)); }
-unsigned atomicAdd(unsigned* p, unsigned v) {
+unsigned atomicAdd(unsigned *p, unsigned v) {
     return change(p, v, std::plus<unsigned>(), __builtin_return_address(0));
 }
 float atomicAdd(float *p, float v) { return change(p, v, std::plus<float>(), __builtin_return_address(0)); }
