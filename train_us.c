@@ -283,18 +283,21 @@ static void matmul(float* out, long ld, Operand a, Operand b, long M, long N, lo
     long blocks = threads * div_up(M, threads * 120);  // rows in about as many equal blocks for each thread
     long mc = div_up(div_up(M, blocks), MR) * MR, row_blocks = div_up(M, mc);
     float* packed_b = scratch(SCRATCH_B, (long)KC * NC);
-    for (long n0 = 0; n0 < N; n0 += NC) {
-        long panels = div_up(min_l(NC, N - n0), NR);
-        long col_blocks = min_l(panels, div_up(threads, row_blocks)), width = div_up(panels, col_blocks);
-        for (long k0 = 0; k0 < K; k0 += KC) {
-            long kc = min_l(KC, K - k0);
-            #pragma omp parallel if (threads > 1)
-            {
+    #pragma omp parallel if (threads > 1)
+    {
+        float* packed_a = scratch(SCRATCH_A, mc * KC);
+        for (long n0 = 0; n0 < N; n0 += NC) {
+            long panels = div_up(min_l(NC, N - n0), NR);
+            long col_blocks = min_l(panels, div_up(threads, row_blocks)), width = div_up(panels, col_blocks);
+            for (long k0 = 0; k0 < K; k0 += KC) {
+                long kc = min_l(KC, K - k0);
+                if (n0 + k0 > 0) {
+                    #pragma omp barrier
+                }
                 #pragma omp for schedule(static)
                 for (long p = 0; p < panels; p++)
                     pack(packed_b + p * KC * NR, &b, n0 + p * NR, N, k0, kc, NR);
-                float* packed_a = scratch(SCRATCH_A, mc * KC);
-                #pragma omp for schedule(dynamic, 1)
+                #pragma omp for schedule(dynamic, 1) nowait
                 for (long block = 0; block < row_blocks * col_blocks; block++) {
                     long i0 = block / col_blocks * mc, i1 = min_l(M, i0 + mc);
                     long p0 = block % col_blocks * width, p1 = min_l(panels, p0 + width);
@@ -604,7 +607,7 @@ enum { LION, ADAMW };
 typedef struct {
     const char *input, *val, *tokenizer, *out, *dump, *generate, *prompt;
     int scheme, layers, width, heads, seq, activation, batch, accum, steps, optimizer, warmup, base_width;
-    int precision, recompute, eval_every, sample_every, stats_every, save_every, resume, tokens, top_k, help;
+    int precision, recompute, eval_every, eval_tokens, sample_every, stats_every, save_every, resume, tokens, top_k, help;
     float tau, lr, decay, temperature;
     uint64_t seed;
     int vocab;  // V: 256 for bytes, 50257 for GPT-2's tokens; the data tells
@@ -734,6 +737,12 @@ static void model_layout(Model* m, const Config* c) {
     // us: S = N C; sp: S = N
     m->grad_scale = (double)m->rows * c->accum * pow(c->width, -m->scheme->head_power);
     m->loss_scale = 1.0f;
+}
+
+// A smaller batch in the same buffers, as the last of a validation is.
+static void model_batch(Model* m, long batch) {
+    m->c.batch = (int)batch;
+    m->rows = batch * m->c.seq;
 }
 
 static float* floats(double n) { return (float*)alloc(4.0 * n); }
@@ -1027,13 +1036,14 @@ BOTH static inline float adamw(float w, float* m, float* v, float g, float lr, f
     *v = b2 * *v + (1.0f - b2) * g * g;
     return w - (lr * (*m / r.c1) / (sqrtf(*v / r.c2) + r.eps) + decay * w);
 }
+// Within a parallel region; a thread goes on to the next tensor without waiting for the others.
 static void lion_update(float* w, float* m, const float* g, long n, float lr, float decay) {
-    #pragma omp parallel for simd schedule(static)
+    #pragma omp for simd schedule(static) nowait
     for (long i = 0; i < n; i++) w[i] = lion(w[i], &m[i], g[i], lr, decay);
 }
 static void adamw_update(float* w, float* m, float* v, const float* g, long n, float lr, float decay,
                          Rates r) {
-    #pragma omp parallel for simd schedule(static)
+    #pragma omp for simd schedule(static) nowait
     for (long i = 0; i < n; i++) w[i] = adamw(w[i], &m[i], &v[i], g[i], lr, decay, r);
 }
 
@@ -1041,6 +1051,7 @@ static void adamw_update(float* w, float* m, float* v, const float* g, long n, f
 static void model_update(Model* m, double lr) {
     const Rates r = rates(m, lr);
     lap_last = seconds();
+    #pragma omp parallel
     for (int i = 0; i < m->num_tensors; i++) {
         const Tensor* t = &m->tensors[i];
         const long n = t->rows * t->cols;
@@ -1054,21 +1065,27 @@ static void model_update(Model* m, double lr) {
 
 // Norm of the true gradient; *bad is the first tensor with a value that is not finite, or NULL.
 static double gradient_norm(const Model* m, const Tensor** bad) {
+    enum { CHUNK = 65536 };  // fixed: the same bits for any number of threads
+    float* sums = scratch(SCRATCH_SUMS, m->num_params / CHUNK + m->num_tensors);
     double total = 0;
-    *bad = NULL;
-    for (int i = 0; i < m->num_tensors; i++) {
-        const float* g = m->grads + m->tensors[i].offset;
-        long n = m->tensors[i].rows * m->tensors[i].cols, chunks = div_up(n, 65536);
-        float* sums = scratch(SCRATCH_SUMS, chunks);  // fixed chunks: the same bits for any number of threads
-        #pragma omp parallel for schedule(static)
+    #pragma omp parallel
+    for (long i = 0, at = 0; i < m->num_tensors; i++) {
+        const Tensor* t = &m->tensors[i];
+        const long n = t->rows * t->cols, chunks = div_up(n, CHUNK);
+        const float* g = m->grads + t->offset;
+        #pragma omp for schedule(static) nowait
         for (long chunk = 0; chunk < chunks; chunk++) {
             double sum = 0;
             #pragma omp simd reduction(+ : sum)
-            for (long k = chunk * 65536; k < min_l(n, (chunk + 1) * 65536); k++) sum += (double)g[k] * g[k];
-            sums[chunk] = (float)sum;
+            for (long k = chunk * CHUNK; k < min_l(n, (chunk + 1) * CHUNK); k++) sum += (double)g[k] * g[k];
+            sums[at + chunk] = (float)sum;
         }
+        at += chunks;
+    }
+    *bad = NULL;
+    for (int i = 0; i < m->num_tensors; i++) {
         double sum = 0;
-        for (long chunk = 0; chunk < chunks; chunk++) sum += sums[chunk];
+        for (long k = div_up(m->tensors[i].rows * m->tensors[i].cols, CHUNK); k > 0; k--) sum += *sums++;
         if (!isfinite(sum) && !*bad) *bad = &m->tensors[i];
         total += sum;
     }
@@ -1514,6 +1531,8 @@ static const Option OPTIONS[] = {
     {"seed", "1", 0, "us", AT(seed), 0, 0x1p64, "of weights, batches and samples"},
     {NULL, "", 0, "", 0, 0, 0, "Reports, every N steps (0: never)"},
     {"eval-every", "100", 0, "is", AT(eval_every), 0, 1e9, "validation loss"},
+    {"eval-tokens", "65536", 0, "is", AT(eval_tokens), 0, 1e9,
+     "to validate on, in windows spread over all there are (0: all)"},
     {"sample-every", "0", 0, "is", AT(sample_every), 0, 1e9, "a sample of text"},
     {"stats-every", "0", 0, "is", AT(stats_every), 0, 1e9, "unit-scale statistics of every tensor"},
     {NULL, "", 0, "", 0, 0, 0, "Files"},
@@ -1596,6 +1615,7 @@ static void config_parse(Config* c, int argc, char** argv, const Archive* checkp
         option_set(c, o, o->value, "");
         if (!checkpoint || !o->type[1]) continue;
         const char* value = archive_get(checkpoint, o->name);
+        if (!value && o->type[1] == 's') continue;  // a setting that is younger than the checkpoint
         if (!value) die("checkpoint %s does not say its --%s", checkpoint->path, o->name);
         option_set(c, o, value, form("checkpoint %s: ", checkpoint->path));
     }
@@ -1909,20 +1929,23 @@ static FILE* open_log(const Model* m, const char* name, const char* header) {
     return f;
 }
 
-// Mean loss of about 64 sequences, spread evenly over the split, the same ones each time.
+// Mean loss of a fixed set of windows, spread evenly over the split: the same for any batch and device.
 static double validate(Model* m, const Device* device, const Split* val) {
-    const long T = m->c.seq, B = m->c.batch, most = min_l(64, val->count / T);
-    const long batches = most > B ? most / B : 1, last = batches * B > 1 ? batches * B - 1 : 1;
+    const long T = m->c.seq, B = m->c.batch, all = (val->count - 1) / T;
+    const long want = m->c.eval_tokens ? min_l(all, div_up(m->c.eval_tokens, T)) : all;
     double sum = 0;
-    for (long i = 0; i < batches; i++) {
-        for (long b = 0; b < B; b++) {
-            double place = (double)(i * B + b) / (double)last;
-            long start = (long)((double)(val->count - T - 1) * place);
+    for (long i = 0; i < want; i += B) {
+        const long n = min_l(B, want - i);
+        model_batch(m, n);
+        for (long b = 0; b < n; b++) {
+            const long room = val->count - T - 1;
+            const long start = (long)((double)room * (double)(i + b) / (double)(want > 1 ? want - 1 : 1));
             tokens_read(val, start, T, m->inputs + b * T, m->targets + b * T);
         }
-        sum += device->loss(m);
+        sum += device->loss(m) * (double)n;
     }
-    return sum / (double)batches;
+    model_batch(m, B);
+    return sum / (double)want;
 }
 
 static int every(int n, long step) { return n && step % n == 0; }
