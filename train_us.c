@@ -17,6 +17,12 @@ is narrower, the float holds a value which that format has.
 
   make && ./train_us --input FILE           (any text file; --help lists the rest)
 */
+#if defined(__FAST_MATH__) || __FINITE_MATH_ONLY__ + 0
+#error "-ffast-math (-Ofast has it) lets NaN pass unseen: build without it"
+#endif
+#if __SIZEOF_LONG__ < 8 || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "this needs a 64-bit, little-endian machine: sizes are longs, and files hold numbers as memory does"
+#endif
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE  // g++ defines it already
 #endif
@@ -26,7 +32,9 @@ is narrower, the float holds a value which that format has.
 #include <fcntl.h>
 #include <float.h>
 #include <glob.h>
+#include <limits.h>
 #include <math.h>
+#include <setjmp.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -35,6 +43,7 @@ is narrower, the float holds a value which that format has.
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
@@ -53,22 +62,54 @@ static int max_threads(void) { return 1; }
 #endif
 
 // ---- Small tools ---------------------------------------------------------------------------------------
+// Length of the UTF-8 character at s, of which n bytes are there; 0: the rest is missing; -1: it is none, or
+// is a control character, which could steer a terminal.
+static int character(const uint8_t* s, long n) {
+    const int length = *s < 0x80 ? 1 : *s >> 5 == 6 ? 2 : *s >> 4 == 14 ? 3 : *s >> 3 == 30 ? 4 : -1;
+    uint32_t code = length == 1 ? *s : *s & (0x7F >> length);
+    for (int i = 1; i < length; i++) {
+        if (i >= n) return 0;
+        if (s[i] >> 6 != 2) return -1;
+        code = code << 6 | (s[i] & 0x3F);
+    }
+    if (length == 1) return (code >= 32 && code != 127) || code == '\n' || code == '\t' ? 1 : -1;
+    if (length == 3) return code >= 0x800 && code >> 11 != 27 ? 3 : -1;  // 0xD800 to 0xDFFF are surrogates
+    return (length == 2 && code >= 0xA0) || (length == 4 && code - 0x10000 < 0x100000) ? length : -1;
+}
+// Puts '?' for all else. Returns how many of the n bytes are safe to print then: without the beginning of a
+// character at the end, if the rest of it is to follow.
+static long make_safe(char* text, long n, int rest_follows) {
+    for (long i = 0, length; i < n; i += length > 0 ? length : 1) {
+        length = character((const uint8_t*)text + i, n - i);
+        if (length == 0 && rest_follows) return i;
+        if (length < 1) text[i] = '?';
+    }
+    return n;
+}
+
 static const char* program = "train_us";
+static jmp_buf* die_to;           // set: an attempt that may fail, and where to go on if it does
+static void (*last_words)(void);  // set: what has to be saved before the end
 // Prints one line that says what is wrong and what to do, then exits with status 1.
 __attribute__((noreturn, format(printf, 1, 2))) static void die(const char* format, ...) {
+    char text[9000];
+    void (*save)(void) = last_words;
     va_list args;
     va_start(args, format);
-    fflush(stdout);
-    fprintf(stderr, "%s: ", program);
-    vfprintf(stderr, format, args);
-    fprintf(stderr, "\n");
+    vsnprintf(text, sizeof text, format, args);
     va_end(args);
+    make_safe(text, (long)strlen(text), 0);
+    for (char* p = text; *p; p++) if (*p == '\n') *p = '?';
+    fflush(stdout);
+    fprintf(stderr, "%s: %s\n", program, text);
+    if (die_to) longjmp(*die_to, 1);
+    if (save) save();
     exit(1);
 }
 
 // printf into a string that lasts until 15 more are made.
 __attribute__((format(printf, 1, 2))) static char* form(const char* format, ...) {
-    static char ring[16][4200];
+    static char ring[16][9000];
     static int next;
     char* to = ring[next++ % 16];
     va_list args;
@@ -76,6 +117,13 @@ __attribute__((format(printf, 1, 2))) static char* form(const char* format, ...)
     vsnprintf(to, sizeof ring[0], format, args);
     va_end(args);
     return to;
+}
+
+// A path or text of the user's, safe to print.
+static const char* shown(const char* s) {
+    char* copy = form("%s", s);
+    make_safe(copy, (long)strlen(copy), 0);
+    return copy;
 }
 
 // Zeroed memory on a cache line boundary. The size is a double: a product of sizes cannot wrap around.
@@ -101,10 +149,38 @@ static float* scratch(int slot, long n) {
     return slots[slot].p;
 }
 
-static double seconds(void) {
+static double clock_seconds(clockid_t id) {
     struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
+    clock_gettime(id, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+static double seconds(void) { return clock_seconds(CLOCK_MONOTONIC); }
+
+// A thread that waits for the others spins for a while before it sleeps. Where other programs use the cores,
+// it spins in the place of the very thread it waits for: with twice as many busy processes as cores a step
+// took ten times as long. libgomp (gcc) spins 300,000 times and reads its setting before main: set it and
+// begin again. 2,000 turns (0.1 ms) are as much as threads differ on an idle machine. A user's setting wins.
+static void wait_briefly(char** argv) {
+#if defined(_OPENMP) && !defined(KMP_VERSION_MAJOR)
+    if (max_threads() == 1 || getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY")) return;
+    char* self = realpath("/proc/self/exe", NULL);
+    if (self && setenv("GOMP_SPINCOUNT", "2000", 1) == 0) execv(self, argv);  // if that fails: as it was
+    free(self);
+#endif
+    (void)argv;
+}
+// libomp (clang) spins 200 ms and can be told at any time: not at all while this program gets less than 0.7
+// of its cores (measured: alone 0.8 to 1, beside one busy process 0.6 or less).
+static void share_the_cores(void) {
+#if defined(_OPENMP) && defined(KMP_VERSION_MAJOR)
+    static double wall, used;
+    const double t = seconds(), u = clock_seconds(CLOCK_PROCESS_CPUTIME_ID);
+    if (getenv("KMP_BLOCKTIME") || getenv("OMP_WAIT_POLICY") || t - wall < 0.01) return;
+    const int spin = u - used > 0.7 * (t - wall) * max_threads() ? 200 : 0;
+    wall = t, used = u;
+    #pragma omp parallel
+    if (kmp_get_blocktime() != spin) kmp_set_blocktime(spin);
+#endif
 }
 
 // For `make bench`: lap(KIND) charges the time since the last lap to that kind of layer.
@@ -607,10 +683,12 @@ enum { LION, ADAMW };
 typedef struct {
     const char *input, *val, *tokenizer, *out, *dump, *generate, *prompt;
     int scheme, layers, width, heads, seq, activation, batch, accum, steps, optimizer, warmup, base_width;
-    int precision, recompute, eval_every, eval_tokens, sample_every, stats_every, save_every, resume, tokens, top_k, help;
+    int precision, recompute, eval_every, eval_tokens, sample_every, stats_every, save_every, keep, resume;
+    int new_data, tokens, top_k, help;
     float tau, lr, decay, temperature;
     uint64_t seed;
-    int vocab;  // V: 256 for bytes, 50257 for GPT-2's tokens; the data tells
+    int vocab;               // V: 256 for bytes, 50257 for GPT-2's tokens; the data tells
+    uint64_t data, val_data;  // which data that is: see tokens_hash
 } Config;
 
 typedef enum { DIM_1, DIM_C, DIM_3C, DIM_4C, DIM_T, DIM_VP } Dim;
@@ -916,6 +994,7 @@ static void block_forward(Model* m, int l, long B, long t0, long T) {
 static void model_forward(Model* m, long B, long t0, long T) {
     const long C = m->c.width, N = B * T - t0;
     const Format stream = m->hidden->stream;
+    share_the_cores();
     lap_last = seconds();
     embedding_forward(m->buffers[A_X0], m->inputs, param(m, 0, WTE), param(m, 0, WPE),
                       m->scheme->embedding_scale, B, t0, T, C, stream);
@@ -1007,9 +1086,11 @@ static void model_backward(Model* m) {
 // Both see S times the gradient: Lion takes its sign, AdamW multiplies epsilon by S.
 
 // Learning rate of step s = 1, 2, ...: linear warm-up, then a cosine to 10 % of the peak at the last step.
+static long warmup_steps(const Config* c) { return c->warmup < c->steps ? c->warmup : c->steps / 10; }
 static double learning_rate(const Config* c, long s) {
-    if (s <= c->warmup) return (double)c->lr * (double)s / c->warmup;
-    double progress = (double)(s - c->warmup) / (double)(c->steps - c->warmup);
+    const long warmup = warmup_steps(c);
+    if (s <= warmup) return (double)c->lr * (double)s / (double)warmup;
+    double progress = (double)(s - warmup) / (double)(c->steps - warmup);
     return (double)c->lr * (0.1 + 0.45 * (1.0 + cos(3.14159265358979 * fmin(progress, 1.0))));
 }
 
@@ -1100,7 +1181,7 @@ enum { SHARD_MAGIC = 20240520, TOKENIZER_MAGIC = 20240328, BYTES_VOCAB = 256, GP
 // The whole file, read-only. Ends the program if it is not a regular file with something in it.
 static const uint8_t* map_file(const char* path, const char* what, long* size) {
     struct stat st;
-    int fd = open(path, O_RDONLY);
+    int fd = open(path, O_RDONLY | O_NONBLOCK);  // a FIFO is refused at once, without waiting for its writer
     if (fd < 0 || fstat(fd, &st) != 0) die("cannot open %s %s: %s", what, path, strerror(errno));
     if (!S_ISREG(st.st_mode)) die("%s %s is not a regular file", what, path);
     if (st.st_size == 0) die("%s %s is empty", what, path);
@@ -1117,6 +1198,20 @@ static uint32_t read_u32(const uint8_t* p) {
 typedef struct { const uint8_t* p; long count; const char* path; } Shard;
 typedef struct { Shard* shards; int num_shards, bytes_per_token; long count; } Tokens;
 typedef struct { const Tokens* tokens; long start, count; } Split;  // a range of them
+
+// A data file cut off under its mapping: whoever reads there gets this signal.
+static const char* being_read = "a file";
+static void on_bus_error(int number) {
+    signal(number, SIG_DFL);
+    die("%s was cut off while it was read", being_read);
+}
+
+// What a text file that is none looks like, or NULL.
+static const char* not_text(const uint8_t* p, long size) {
+    if (size >= 2 && p[0] == 0x1F && p[1] == 0x8B) return "compressed by gzip";
+    if (size >= 2 && p[0] + p[1] == 0x1FD && (p[0] == 0xFF || p[1] == 0xFF)) return "in UTF-16";
+    return memchr(p, 0, (size_t)min_l(size, 65536)) ? "no text: it has NUL bytes" : NULL;
+}
 
 // Opens a text file as bytes, a .bin shard, or all the shards that a glob pattern names.
 static void tokens_open(Tokens* t, const char* pattern) {
@@ -1137,11 +1232,24 @@ static void tokens_open(Tokens* t, const char* pattern) {
         if (width == 2 && (size < 1024 || read_u32(p + 4) != 1 || size != 1024 + 2L * read_u32(p + 8)))
             die("token shard %s is damaged: version or token count do not fit its %ld bytes", path, size);
         if (i > 0 && width != t->bytes_per_token) die("%s mixes token shards and other files", pattern);
+        if (width == 1 && not_text(p, size))
+            printf("note: %s is %s; its bytes are learned as they are\n", path, not_text(p, size));
         t->bytes_per_token = width;
         t->shards[i].p = width == 2 ? p + 1024 : p;
         t->count += t->shards[i].count = width == 2 ? (size - 1024) / 2 : size;
     }
     if (is_pattern) globfree(&found);
+}
+// Which data this is: the sizes of its files, and 16 pages of each.
+static uint64_t tokens_hash(const Tokens* t) {
+    uint64_t h = 0;
+    for (int i = 0; i < t->num_shards; i++) {
+        const long size = t->shards[i].count * t->bytes_per_token;
+        h = mix64(h + (uint64_t)size + 1);
+        for (long k = 0; k < 16 * 4096; k++)
+            h = (h ^ t->shards[i].p[(size / 16 * (k / 4096) + k % 4096) % size]) * 0x100000001B3ull;
+    }
+    return h;
 }
 static int tokens_vocab(const Tokens* t) { return t->bytes_per_token == 1 ? BYTES_VOCAB : GPT2_VOCAB; }
 
@@ -1153,6 +1261,7 @@ static void tokens_read(const Split* s, long start, long T, int* inputs, int* ta
     for (long i = 0; i <= T; i++, at++) {
         while (at == shard->count) shard++, at = 0;
         const uint8_t* p = shard->p + at * s->tokens->bytes_per_token;
+        being_read = shard->path;
         int token = s->tokens->bytes_per_token == 1 ? *p : p[0] | p[1] << 8;
         if (token >= GPT2_VOCAB)
             die("%s holds token %d at %ld: GPT-2's end at 50256", shard->path, token, at);
@@ -1191,17 +1300,35 @@ static void next_batch(Model* m, const Split* train) {
 // ---- safetensors ---------------------------------------------------------------------------------------
 // github.com/huggingface/safetensors: 8-byte little-endian length of a JSON header, the header, raw tensors.
 // An Archive is what such a file holds; begin and end are offsets behind the header.
-typedef struct { char name[64], dtype[8]; int dims; long shape[4], begin, end; const void* data; } Entry;
-typedef struct { char key[64], value[1024]; } Pair;
-typedef struct { Entry* entries; int num_entries, num_meta; Pair meta[64]; const char* path; } Archive;
+typedef struct { char *name, dtype[8]; int dims; long shape[4], begin, end; const void* data; } Entry;
+typedef struct { char *key, *value; } Pair;
+typedef struct { Entry* entries; Pair* meta; int num_entries, num_meta; char* text; const char* path; }
+    Archive;
 
+static char* copied(const char* s) {
+    char* copy = strdup(s);
+    if (!copy) die("out of memory");
+    return copy;
+}
+// Room for one more at the end of a list of n.
+static void* one_more(void* list, long n, size_t size) {
+    if (n & (n - 1)) return list;  // it doubles when n is a power of two
+    void* longer = realloc(list, size * (size_t)(n ? 2 * n : 1));
+    if (!longer) die("out of memory");
+    return longer;
+}
 static Entry* archive_entry(Archive* a, const char* name) {
-    a->entries = (Entry*)realloc(a->entries, sizeof(Entry) * (size_t)(a->num_entries + 1));
-    if (!a->entries) die("out of memory");
+    a->entries = (Entry*)one_more(a->entries, a->num_entries, sizeof(Entry));
     Entry* e = &a->entries[a->num_entries++];
     memset(e, 0, sizeof *e);
-    snprintf(e->name, sizeof e->name, "%s", name);
+    e->name = copied(name);
     return e;
+}
+static void archive_free(Archive* a) {
+    for (int i = 0; i < a->num_entries; i++) free(a->entries[i].name);
+    for (int i = 0; i < a->num_meta; i++) free(a->meta[i].key), free(a->meta[i].value);
+    free(a->entries), free(a->meta), free(a->text);
+    memset(a, 0, sizeof *a);
 }
 // Adds a tensor of 1 to 3 dimensions to write; dimensions that are 0 are left out.
 static void archive_add(Archive* a, const char* name, const char* dtype, const void* data, long d0, long d1,
@@ -1215,10 +1342,9 @@ static void archive_add(Archive* a, const char* name, const char* dtype, const v
     e->end = e->begin + 4 * d0 * (d1 ? d1 : 1) * (d2 ? d2 : 1);
 }
 static void archive_meta(Archive* a, const char* key, const char* value) {
-    if (a->num_meta == 64) die("more than 64 entries of metadata in %s", a->path);
-    if (strlen(value) >= sizeof a->meta->value) die("--%s is too long to be stored", key);
-    snprintf(a->meta[a->num_meta].key, sizeof a->meta->key, "%s", key);
-    snprintf(a->meta[a->num_meta++].value, sizeof a->meta->value, "%s", value);
+    a->meta = (Pair*)one_more(a->meta, a->num_meta, sizeof(Pair));
+    a->meta[a->num_meta].key = copied(key);
+    a->meta[a->num_meta++].value = copied(value);
 }
 static const char* archive_get(const Archive* a, const char* key) {
     for (int i = 0; i < a->num_meta; i++) if (strcmp(a->meta[i].key, key) == 0) return a->meta[i].value;
@@ -1244,9 +1370,11 @@ static void json_write(FILE* f, const char* before, const char* s) {
     fputc('"', f);
 }
 // To a temporary file, synced, then renamed: a crash or a full disk never costs the file that was there.
-static void archive_write(const Archive* a, const char* path) {
-    char *temporary = form("%s.tmp", path), *header = NULL, *slash;
+// Returns 0, or errno where it cannot be written.
+static int archive_write(const Archive* a, const char* path) {
+    char *temporary = copied(form("%s.tmp", path)), *header = NULL, *slash;
     size_t length = 0;
+    int error = 0;
     FILE* h = open_memstream(&header, &length);
     fprintf(h, "{\"__metadata__\":");
     for (int i = 0; i < a->num_meta; i++) {
@@ -1264,26 +1392,26 @@ static void archive_write(const Archive* a, const char* path) {
     while ((ftell(h) + 8) % 64) fputc(' ', h);  // the data begins on a cache line
     fclose(h);
     FILE* f = fopen(temporary, "wb");
-    if (!f) die("cannot write %s: %s", temporary, strerror(errno));
-    for (int i = 0; i < 64; i += 8) fputc((int)((uint64_t)length >> i & 255), f);
-    fwrite(header, 1, length, f);
-    for (int i = 0; i < a->num_entries; i++)
-        fwrite(a->entries[i].data, 1, (size_t)(a->entries[i].end - a->entries[i].begin), f);
-    int good = fflush(f) == 0 && !ferror(f) && fsync(fileno(f)) == 0;
-    good = fclose(f) == 0 && good && rename(temporary, path) == 0;
-    free(header);
-    if (!good) {
-        int error = errno;
-        unlink(temporary);
-        die("cannot write %s: %s (what was written before is untouched)", path, strerror(error));
+    if (!f) error = errno;
+    else {
+        for (int i = 0; i < 64; i += 8) fputc((int)((uint64_t)length >> i & 255), f);
+        fwrite(header, 1, length, f);
+        for (int i = 0; i < a->num_entries; i++)
+            fwrite(a->entries[i].data, 1, (size_t)(a->entries[i].end - a->entries[i].begin), f);
+        if (fflush(f) != 0 || ferror(f) || fsync(fileno(f)) != 0) error = errno;
+        if (fclose(f) != 0 && !error) error = errno;
+        if (!error && rename(temporary, path) != 0) error = errno;
+        if (error) unlink(temporary);
     }
     if ((slash = strrchr(temporary, '/'))) *slash = 0;
     int dir = open(slash ? temporary : ".", O_RDONLY);  // the new name itself is kept in the directory
     if (dir >= 0) fsync(dir), close(dir);
+    free(header), free(temporary);
+    return error;
 }
 
 // A reader for the JSON that such a header may hold, and no more. It trusts nothing.
-typedef struct { const char *p, *path; } Json;
+typedef struct { char* p; const char* path; } Json;
 __attribute__((noreturn)) static void json_die(const Json* j, const char* what) {
     die("%s is not a good safetensors file: %s", j->path, what);
 }
@@ -1301,32 +1429,46 @@ static int json_more(Json* j, int n, char close) {
     if (n > 0) json_expect(j, ',');
     return 1;
 }
-static void json_string(Json* j, char* to, size_t size) {
-    size_t n = 0;
-    for (json_expect(j, '"'); *j->p != '"'; n++) {
-        if (!*j->p || n == size - 1) json_die(j, "a string in its header is too long or does not end");
-        to[n] = *j->p++;
-        if (to[n] != '\\') continue;
-        unsigned code = 0;
-        int used = 1, hex = *j->p == 'u' && sscanf(j->p, "u%4x%n", &code, &used) == 1 && used == 5;
-        if (!hex) code = *j->p && strchr("\"\\/", *j->p) ? (unsigned)*j->p : 0;
-        if (code < 1 || code > 127) json_die(j, "a string in its header has an escape not supported");
-        to[n] = (char)code;
-        j->p += used;
-    }
-    to[n] = 0;
-    j->p++;
+static unsigned json_hex(const char* p) {  // of the four digits behind \u; 0 is none that can be kept
+    unsigned code = 0;
+    for (int i = 2; i < 6; i++) if (p[0] != '\\' || p[1] != 'u' || !isxdigit((uint8_t)p[i])) return 0;
+    sscanf(p + 2, "%4x", &code);
+    return code;
 }
-static int json_member(Json* j, int n, char* key, size_t size) {  // json_more of an object, up to the value
-    if (!json_more(j, n, '}')) return 0;
-    json_string(j, key, size);
+// A string, unescaped to UTF-8 in the text's own memory: it never gets longer.
+static char* json_string(Json* j) {
+    static const char escapes[] = "\"\\/bfnrt", meanings[] = "\"\\/\b\f\n\r\t";
+    json_expect(j, '"');
+    char *start = j->p, *to = start;
+    while (*j->p != '"') {
+        if (!*j->p) json_die(j, "a string in its header does not end");
+        if (*j->p != '\\') { *to++ = *j->p++; continue; }
+        const char* simple = j->p[1] ? strchr(escapes, j->p[1]) : NULL;
+        if (simple) { *to++ = meanings[simple - escapes], j->p += 2; continue; }
+        unsigned code = json_hex(j->p), low = code >> 10 == 0xD800 >> 10 ? json_hex(j->p + 6) : 0;
+        j->p += low ? 12 : 6;
+        if (low >> 10 == 0xDC00 >> 10) code = 0x10000 + ((code & 0x3FF) << 10 | (low & 0x3FF));
+        if (code == 0 || code >> 11 == 0xD800 >> 11)
+            json_die(j, "a string in its header has an escape that is no character");
+        if (code < 0x80) { *to++ = (char)code; continue; }
+        int more = code < 0x800 ? 1 : code < 0x10000 ? 2 : 3;
+        *to++ = (char)(0xFF00 >> (more + 1) | code >> 6 * more);
+        while (more--) *to++ = (char)(0x80 | (code >> 6 * more & 0x3F));
+    }
+    j->p++;
+    *to = 0;
+    return start;
+}
+static char* json_member(Json* j, int n) {  // json_more of an object, up to the value: its key, or NULL
+    if (!json_more(j, n, '}')) return NULL;
+    char* key = json_string(j);
     json_expect(j, ':');
-    return 1;
+    return key;
 }
 static int json_counts(Json* j, long* to, int most) {
     int n = 0;
     for (json_expect(j, '['); json_more(j, n, ']'); n++) {
-        char* end;
+        char* end = NULL;
         if (n == most) json_die(j, "a list in its header is too long");
         json_space(j);
         if (!isdigit((uint8_t)*j->p)) json_die(j, "its header has a number that is not a count");
@@ -1338,15 +1480,15 @@ static int json_counts(Json* j, long* to, int most) {
 }
 static void json_tensor(Json* j, Entry* e, const uint8_t* data, long size) {
     static const char* const properties[] = {"dtype", "shape", "data_offsets"};
-    char key[32];
+    const char* key;
     long offsets[2], bytes = 4;
     int seen = 0;
     json_expect(j, '{');
-    for (int n = 0, k; json_member(j, n, key, sizeof key); n++) {
+    for (int n = 0, k; (key = json_member(j, n)) != NULL; n++) {
         for (k = 0; k < 3 && strcmp(key, properties[k]) != 0; k++) {}
         if (k == 3 || seen & 1 << k) json_die(j, "a tensor has an unknown or repeated property");
         seen |= 1 << k;
-        if (k == 0) json_string(j, e->dtype, sizeof e->dtype);
+        if (k == 0) snprintf(e->dtype, sizeof e->dtype, "%s", json_string(j));
         if (k == 1) e->dims = json_counts(j, e->shape, 4);
         if (k == 2 && json_counts(j, offsets, 2) != 2) json_die(j, "a tensor's offsets are not two numbers");
     }
@@ -1370,36 +1512,37 @@ static int by_name(const void* a, const void* b) {
     return strcmp(((const Entry*)a)->name, ((const Entry*)b)->name);
 }
 
+static int by_key(const void* a, const void* b) {
+    return strcmp(((const Pair*)a)->key, ((const Pair*)b)->key);
+}
+
 static void archive_read(Archive* a, const char* path) {
-    char name[64], value[1024];
     long size, at = 0;
     const uint8_t* file = map_file(path, "safetensors file", &size);
     uint64_t length = size < 8 ? 0 : read_u32(file) | (uint64_t)read_u32(file + 4) << 32;
     Json j = {NULL, path};
+    const char *name, *key;
     memset(a, 0, sizeof *a);
     a->path = path;
     if (length < 2 || length > 100000000 || (long)length > size - 8)
         json_die(&j, "its header's length is impossible");
-    char* header = strndup((const char*)file + 8, (size_t)length);
-    if (!header) die("out of memory");
-    j.p = header;
+    j.p = a->text = strndup((const char*)file + 8, (size_t)length);
+    if (!a->text) die("out of memory");
     size -= 8 + (long)length;
     json_expect(&j, '{');
-    for (int n = 0; json_member(&j, n, name, sizeof name); n++) {
+    for (int n = 0; (name = json_member(&j, n)) != NULL; n++) {
         if (strcmp(name, "__metadata__") != 0) {
             json_tensor(&j, archive_entry(a, name), file + 8 + length, size);
             continue;
         }
         json_expect(&j, '{');
-        for (int k = 0; json_member(&j, k, name, sizeof name); k++) {
-            json_string(&j, value, sizeof value);
-            if (archive_get(a, name)) json_die(&j, "a key of its metadata is there twice");
-            archive_meta(a, name, value);
-        }
+        for (int k = 0; (key = json_member(&j, k)) != NULL; k++) archive_meta(a, key, json_string(&j));
     }
     json_space(&j);
-    if (j.p != header + length) json_die(&j, "there is something behind its header's end");
-    free(header);
+    if (j.p != a->text + length) json_die(&j, "there is something behind its header's end");
+    if (a->num_meta) qsort(a->meta, (size_t)a->num_meta, sizeof(Pair), by_key);
+    for (int i = 1; i < a->num_meta; i++)
+        if (by_key(&a->meta[i], &a->meta[i - 1]) == 0) json_die(&j, "a key of its metadata is there twice");
     if (a->num_entries) qsort(a->entries, (size_t)a->num_entries, sizeof(Entry), by_place);
     for (int i = 0; i < a->num_entries; at = a->entries[i++].end)
         if (a->entries[i].begin != at) json_die(&j, "its tensors overlap or leave gaps");
@@ -1437,13 +1580,21 @@ static void text_open(Text* t, const char* path) {  // path NULL: bytes
     }
 }
 
-// Prints a token; control characters, which could steer the terminal, as '?'.
+// Prints a token, or its number where there is no table. A character may be cut between tokens: its beginning
+// waits for the rest. Token -1 ends the text.
 static void text_print(const Text* t, int token) {
-    if (t->vocab != BYTES_VOCAB && token == t->end) fputs("\n---\n", stdout);
-    else for (int i = 0; i < (token < t->vocab ? t->length[token] : 0); i++) {
-        uint8_t c = t->bytes[token][i];
-        putchar((c < 32 && c != '\n' && c != '\t') || c == 127 ? '?' : c);
+    static char held[300];
+    static long n;
+    const int end = token < 0 || (t->vocab != BYTES_VOCAB && token == t->end);
+    if (!end && t->vocab != BYTES_VOCAB && !t->bytes[token]) { printf(" %d", token); return; }
+    if (!end && token < t->vocab) {
+        memcpy(held + n, t->bytes[token], (size_t)t->length[token]);
+        n += t->length[token];
     }
+    const long done = make_safe(held, n, !end);
+    fwrite(held, 1, (size_t)done, stdout);
+    memmove(held, held + done, (size_t)(n -= done));
+    if (end && token >= 0) fputs("\n---\n", stdout);
 }
 
 static int text_find(const Text* t, const uint8_t* s, int n) {
@@ -1452,8 +1603,9 @@ static int text_find(const Text* t, const uint8_t* s, int n) {
     return -1;
 }
 // Length of the first word as GPT-2 cuts text: a suffix like 's; or letters, digits or other signs, with one
-// space before; or white space less the space of the next word. Exact for printable ASCII; bytes above it
-// count as letters.
+// space before; or white space less the space of the next word. Exact for ASCII. All else counts as letters:
+// beside white space, digits and signs that are not ASCII (U+00A0, Arabic digits, dashes, quotation marks)
+// GPT-2 may cut elsewhere, into other tokens that spell the same text.
 static int text_kind(int c) { return c <= ' ' ? 0 : isalpha(c) || c > 127 ? 1 : isdigit(c) ? 2 : 3; }
 static int text_word(const uint8_t* s, int n) {
     static const char* const suffixes[] = {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"};
@@ -1466,23 +1618,28 @@ static int text_word(const uint8_t* s, int n) {
     return kind == 0 && i < n && i > 1 ? i - 1 : i;
 }
 // Byte-pair encoding: within a word, merge the neighbours whose union has the lowest id, while there are any.
+// `tokens` has room for every byte.
 static int text_encode(const Text* t, const char* string, int* tokens) {
     const uint8_t* s = (const uint8_t*)string;
-    int n = (int)strlen(string), count = 0;
+    int n = (int)strlen(string), count = 0, *cut = (int*)alloc(8.0 * (n + 2)), *merged = cut + n + 2;
     for (int word; n > 0; s += word, n -= word) {
-        int cut[257], parts = word = (int)min_l(256, text_word(s, n));
+        int parts = word = text_word(s, n);
         for (int i = 0; i <= word; i++) cut[i] = i;
-        for (; parts > 1; parts--) {
-            int best = -1, at = 0;
-            for (int i = 0; i + 2 <= parts; i++) {
-                int id = text_find(t, s + cut[i], cut[i + 2] - cut[i]);
-                if (id >= 0 && (best < 0 || id < best)) best = id, at = i;
-            }
-            if (best < 0) break;
+        for (int i = 0; i + 2 <= word; i++) merged[i] = text_find(t, s + i, 2);  // parts i and i + 1 in one
+        for (;;) {
+            int at = -1;
+            for (int i = 0; i + 2 <= parts; i++)
+                if (merged[i] >= 0 && (at < 0 || merged[i] < merged[at])) at = i;
+            if (at < 0) break;
             memmove(cut + at + 1, cut + at + 2, sizeof(int) * (size_t)(parts - at - 1));
+            memmove(merged + at, merged + at + 1, sizeof(int) * (size_t)(parts - at - 2));
+            parts--;
+            for (int i = at > 0 ? at - 1 : 0; i <= at && i + 2 <= parts; i++)
+                merged[i] = text_find(t, s + cut[i], cut[i + 2] - cut[i]);
         }
         for (int i = 0; i < parts; i++) tokens[count++] = text_find(t, s + cut[i], cut[i + 1] - cut[i]);
     }
+    free(cut);
     return count;
 }
 
@@ -1499,11 +1656,9 @@ typedef struct {
 #define AT(field) offsetof(Config, field)
 static const Option OPTIONS[] = {
     {NULL, "", 0, "", 0, 0, 0, "Data"},
-    {"input", "", 0, "ss", AT(input), 0, 0,
-     "a text file, read as bytes; or token shards: FILE.bin, or a quoted glob"},
+    {"input", "", 0, "ss", AT(input), 0, 0, "a text file, read as bytes; or token shards: FILE.bin, 'GLOB'"},
     {"val", "", 0, "ss", AT(val), 0, 0, "the same, to validate on (default: the last 10 % of --input)"},
-    {"tokenizer", "", 0, "ss", AT(tokenizer), 0, 0,
-     "of token shards (default: gpt2_tokenizer.bin beside them)"},
+    {"tokenizer", "", 0, "ss", AT(tokenizer), 0, 0, "of shards (default: gpt2_tokenizer.bin near them)"},
     {NULL, "", 0, "", 0, 0, 0, "Model"},
     {"scheme", "us", "us|sp", "im", AT(scheme), 0, 0, "unit scaling, or the standard parametrization"},
     {"layers", "4", 0, "im", AT(layers), 1, 1000, "blocks"},
@@ -1516,31 +1671,25 @@ static const Option OPTIONS[] = {
     {"batch", "8", 0, "is", AT(batch), 1, 65536, "sequences at a time"},
     {"accum", "1", 0, "is", AT(accum), 1, 65536, "batches in one step"},
     {"steps", "1500", 0, "is", AT(steps), 1, 1e9, "of the optimizer"},
-    {"optimizer", "adamw", "lion|adamw", "im", AT(optimizer), 0, 0,
-     "[µS] uses lion; a small batch learns better with adamw"},
-    {"lr", "auto", 0, "fs", AT(lr), 1e-12, 1e3,
-     "peak learning rate, at base width; auto: by scheme and optimizer"},
-    {"warmup", "50", 0, "is", AT(warmup), 0, 1e9, "steps of linear warm-up; then a cosine down to 10 %"},
+    {"optimizer", "adamw", "lion|adamw", "im", AT(optimizer), 0, 0, "a small batch likes adamw"},
+    {"lr", "auto", 0, "fs", AT(lr), 1e-12, 1e3, "peak learning rate, at base width; auto: see README"},
+    {"warmup", "50", 0, "is", AT(warmup), 0, 1e9, "steps of linear warm-up; then a cosine to 10 %"},
     {"decay", "auto", 0, "fs", AT(decay), 0, 1, "weight decay of a step at peak rate; auto: by scheme"},
-    {"base-width", "256", 0, "is", AT(base_width), 1, 65536,
-     "width at which hidden matrices learn at --lr too"},
-    {"precision", "fp8", "fp32|bf16|fp8", "is", AT(precision), 0, 0,
-     "number formats of the matmuls and between them"},
-    {"recompute", "", 0, "b", AT(recompute), 0, 1,
-     "less memory: compute blocks again in backward (with --resume too: say it again)"},
+    {"base-width", "256", 0, "is", AT(base_width), 1, 65536, "hidden matrices learn at --lr there"},
+    {"precision", "fp8", "fp32|bf16|fp8", "is", AT(precision), 0, 0, "of the matmuls' operands"},
+    {"recompute", "", 0, "b", AT(recompute), 0, 1, "less memory for more time (not stored: say it again)"},
     {"seed", "1", 0, "us", AT(seed), 0, 0x1p64, "of weights, batches and samples"},
     {NULL, "", 0, "", 0, 0, 0, "Reports, every N steps (0: never)"},
     {"eval-every", "100", 0, "is", AT(eval_every), 0, 1e9, "validation loss"},
-    {"eval-tokens", "65536", 0, "is", AT(eval_tokens), 0, 1e9,
-     "to validate on, in windows spread over all there are (0: all)"},
+    {"eval-tokens", "65536", 0, "is", AT(eval_tokens), 0, 1e9, "to validate on, spread evenly (0: all)"},
     {"sample-every", "0", 0, "is", AT(sample_every), 0, 1e9, "a sample of text"},
     {"stats-every", "0", 0, "is", AT(stats_every), 0, 1e9, "unit-scale statistics of every tensor"},
     {NULL, "", 0, "", 0, 0, 0, "Files"},
-    {"out", "", 0, "s", AT(out), 0, 0,
-     "directory for log.csv, stats.csv and checkpoints (default: write nothing)"},
-    {"save-every", "0", 0, "is", AT(save_every), 0, 1e9, "a checkpoint every N steps (0: only at the end)"},
-    {"resume", "", 0, "b", AT(resume), 0, 1,
-     "continue from the newest checkpoint in --out, with its settings"},
+    {"out", "", 0, "s", AT(out), 0, 0, "directory for logs and checkpoints (default: nothing is saved)"},
+    {"save-every", "0", 0, "is", AT(save_every), 0, 1e9, "also keep one every N steps"},
+    {"keep", "2", 0, "is", AT(keep), 0, 1e9, "newest checkpoints, made every 10 minutes (0: all)"},
+    {"resume", "", 0, "b", AT(resume), 0, 1, "go on from the newest checkpoint in --out, if there is one"},
+    {"new-data", "", 0, "b", AT(new_data), 0, 1, "with --resume: even if the data is not what it was"},
     {"dump", "", 0, "s", AT(dump), 0, 0, "write every tensor of the first step to this file, and stop"},
     {NULL, "", 0, "", 0, 0, 0, "Text"},
     {"generate", "", 0, "s", AT(generate), 0, 0, "write text with this checkpoint instead of training"},
@@ -1625,6 +1774,8 @@ static void config_parse(Config* c, int argc, char** argv, const Archive* checkp
         const Option* o = OPTIONS;
         sscanf(argv[i], "--%63[^=]", name);
         while (o < OPTIONS_END && (!o->name || strcmp(o->name, name) != 0)) o++;
+        if (o == OPTIONS_END && i > 2 && *argv[i] != '-' && access(argv[i], F_OK) == 0)
+            die("%s is one file too many: quote a pattern of names, as in --input 'DIR/*.bin'", argv[i]);
         if (o == OPTIONS_END) die("there is no option %s (--help lists them)", argv[i]);
         if (*o->type == 'b' && equals) die("--%s takes no value", name);
         if (*o->type != 'b' && !equals) {
@@ -1638,9 +1789,14 @@ static void config_parse(Config* c, int argc, char** argv, const Archive* checkp
     }
     if (c->width % c->heads && (checkpoint || !(c->resume || *c->generate)))
         die("--width %d is not a multiple of --heads %d", c->width, c->heads);
+}
+// What auto stands for, once the data has told the vocabulary.
+static void config_defaults(Config* c) {
+    // By tokens (bytes, GPT-2's), scheme (us, sp) and optimizer (lion, adamw): dev/rates.py, table in README.
+    static const float rates[2][2][2] = {{{0.02f, 0.02f}, {3e-4f, 2e-3f}}, {{0.08f, 0.16f}, {5e-4f, 2e-3f}}};
+    static const float decays[2] = {1e-3f, 1e-4f};
     if (c->tau < 0) c->tau = default_tau(c->layers);
-    const float rates[2][2] = {{0.01f, 0.02f}, {3e-4f, 2e-3f}}, decays[2] = {1e-3f, 1e-4f};
-    if (c->lr < 0) c->lr = rates[c->scheme][c->optimizer];
+    if (c->lr < 0) c->lr = rates[c->vocab != BYTES_VOCAB][c->scheme][c->optimizer];
     if (c->decay < 0) c->decay = decays[c->scheme];
 }
 
@@ -1649,10 +1805,11 @@ static void archive_config(Archive* a, const Model* m) {
     const char* const keys[] = {"vocab", "step", "sequence", "grad_scale"};
     const double numbers[] = {(double)m->c.vocab, (double)m->step, (double)m->sequence, m->grad_scale};
     memset(a, 0, sizeof *a);
-    a->path = "this file";
     for (const Option* o = OPTIONS; o < OPTIONS_END; o++)
-        if (*o->type && o->type[1]) archive_meta(a, o->name, option_get(&m->c, o));
+        if (*o->type && o->type[1]) archive_meta(a, o->name, shown(option_get(&m->c, o)));  // JSON is UTF-8
     for (int i = 0; i < 4; i++) archive_meta(a, keys[i], form("%.17g", numbers[i]));
+    archive_meta(a, "data", form("%016llx", (unsigned long long)m->c.data));
+    archive_meta(a, "val_data", form("%016llx", (unsigned long long)m->c.val_data));
 }
 static void archive_tensors(Archive* a, const Model* m, const char* prefix, const float* data) {
     for (int i = 0; data && i < m->num_tensors; i++) {
@@ -1665,14 +1822,16 @@ static void archive_tensors(Archive* a, const Model* m, const char* prefix, cons
 static const char* checkpoint_path(const char* dir, long step) {
     return form("%s/ckpt_%08ld.safetensors", dir, step);
 }
-static void checkpoint_save(const Model* m) {
-    static Archive a;
+// Returns 0, or errno where it cannot be written.
+static int checkpoint_save(const Model* m) {
+    Archive a;
     archive_config(&a, m);
     archive_tensors(&a, m, "", m->params);
     archive_tensors(&a, m, m->v ? "adam.m." : "lion.m.", m->m);
     archive_tensors(&a, m, "adam.v.", m->v);
-    archive_write(&a, checkpoint_path(m->c.out, m->step));
-    free(a.entries);
+    const int error = archive_write(&a, checkpoint_path(m->c.out, m->step));
+    archive_free(&a);
+    return error;
 }
 
 static long checkpoint_number(const Archive* a, const char* key, double high) {
@@ -1699,20 +1858,44 @@ static void checkpoint_load(Model* m, const Archive* a) {
     if (m->m && unknown) die("%s holds %d tensors that are not known", a->path, unknown);
     m->step = checkpoint_number(a, "step", 1e15);
     m->sequence = checkpoint_number(a, "sequence", 1e15);
+    for (long k = 0; k < m->num_params && !m->m; k++)
+        if (!isfinite(m->params[k])) die("%s has parameters that are not finite: it cannot write", a->path);
 }
-// Step of the newest checkpoint in --out, or -1; and whether there is a log of an earlier run.
-static long checkpoint_newest(const char* dir, int* logged) {
-    long newest = -1, step;
+// Step of the newest checkpoint in --out before `step`, or -1; and whether a run left a log there.
+static long checkpoint_before(const char* dir, long step, int* logged) {
+    long newest = -1, found;
     DIR* d = opendir(dir);
     *logged = 0;
     if (!d && errno != ENOENT) die("cannot open --out %s: %s", dir, strerror(errno));
     for (struct dirent* e; d && (e = readdir(d)); ) {
         if (strcmp(e->d_name, "log.csv") == 0) *logged = 1;
-        if (sscanf(e->d_name, "ckpt_%ld", &step) != 1 || step <= newest) continue;
-        if (strcmp(form("%s/%s", dir, e->d_name), checkpoint_path(dir, step)) == 0) newest = step;
+        if (sscanf(e->d_name, "ckpt_%ld", &found) != 1 || found <= newest || found >= step) continue;
+        if (strcmp(form("%s/%s", dir, e->d_name), checkpoint_path(dir, found)) == 0) newest = found;
     }
     if (d) closedir(d);
     return newest;
+}
+// Opens the newest checkpoint in --out that is not damaged, and names those that are; is one there?
+static int checkpoint_open(Archive* a, const char* dir, int* logged) {
+    volatile long step = checkpoint_before(dir, LONG_MAX, logged), older;
+    for (; step >= 0; step = older) {
+        jmp_buf next;
+        older = checkpoint_before(dir, step, logged);
+        die_to = older >= 0 ? &next : NULL;
+        if (die_to && setjmp(next)) continue;
+        archive_read(a, copied(checkpoint_path(dir, step)));
+        checkpoint_number(a, "step", 1e15);
+        break;
+    }
+    die_to = NULL;
+    return step >= 0;
+}
+// Deletes all but the newest --keep checkpoints; those that --save-every names stay.
+static int every(int n, long step) { return n && step % n == 0; }
+static void checkpoints_trim(const Config* c) {
+    int logged, kept = 0;
+    for (long s = LONG_MAX; c->keep && (s = checkpoint_before(c->out, s, &logged)) >= 0; )
+        if (!every(c->save_every, s) && ++kept > c->keep) unlink(checkpoint_path(c->out, s));
 }
 
 // ---- Device --------------------------------------------------------------------------------------------
@@ -1720,9 +1903,10 @@ static long checkpoint_newest(const char* dir, int* logged) {
 typedef struct { double loss, norm; const Tensor* bad; } StepResult;  // bad: its gradient is not finite
 typedef struct {
     const char* name;
+    int on_host;                                              // activations are in the host's memory
     void (*open)(Model* m);                                   // once, when the parameters are set
     void (*close)(Model* m);                                  // gives back what open took
-    void (*describe)(const Model* m);                         // lines for the header: memory, and on what
+    void (*describe)(const Model* m);                         // a line for the header: what it is
     StepResult (*step)(Model* m, const Split* s, double lr);  // an optimizer step; none if not all is finite
     double (*loss)(Model* m);                                 // of m->inputs and m->targets
     double (*trace)(Model* m);                                // the same; every buffer, and grads, filled in
@@ -1770,20 +1954,59 @@ static const float* cpu_next(Model* m, long t0, long T) {
     return buffer(m, 0, A_LOGITS, T - 1);
 }
 static void cpu_nothing(Model* m) { (void)m; }
+static void cpu_describe(const Model* m) { (void)m; }
 static const char* cpu_utilisation(const Model* m, double rate) { return (void)m, (void)rate, ""; }
-static void cpu_describe(const Model* m) {
-    double floats_kept = 0, n = (double)m->num_params;
-    for (int k = 0; k < BUFFERS; k++) floats_kept += buffer_size(m, k);
-    printf("memory: %.0f MB parameters, gradients and optimizer state, %.0f MB activations\n",
-           n * (m->v ? 16e-6 : 12e-6), floats_kept * 4e-6);
-}
 __attribute__((unused)) static const Device CPU = {
-    "CPU", model_alloc_buffers, cpu_nothing, cpu_describe, cpu_step, cpu_loss, cpu_trace, cpu_update,
+    "CPU", 1, model_alloc_buffers, cpu_nothing, cpu_describe, cpu_step, cpu_loss, cpu_trace, cpu_update,
     cpu_next, cpu_nothing, cpu_utilisation};
+
+// ---- Memory --------------------------------------------------------------------------------------------
+static double file_number(const char* path, const char* key) {  // infinite where there is none ("max")
+    char line[256];
+    double number = INFINITY;
+    FILE* f = fopen(path, "r");
+    while (f && fgets(line, sizeof line, f))
+        if (strncmp(line, key, strlen(key)) == 0 && sscanf(line + strlen(key), "%lf", &number) >= 0) break;
+    if (f) fclose(f);
+    return number;
+}
+static double group_available(const char* dir, const char* limit, const char* used) {  // of a control group
+    const double most = file_number(form("%s/%s", dir, limit), "");
+    const double cache = file_number(form("%s/memory.stat", dir), "inactive_file ");  // given back on demand
+    return isinf(most) ? most : most - file_number(form("%s/%s", dir, used), "") + cache;
+}
+// Bytes that this process may still take: of the machine, of its control group (version 2, 1), of ulimit -v.
+static double memory_available(void) {
+    char line[4096], group[2][4096] = {"", ""};
+    struct rlimit own = {RLIM_INFINITY, RLIM_INFINITY};
+    double least = 1024 * file_number("/proc/meminfo", "MemAvailable:");
+    FILE* f = fopen("/proc/self/cgroup", "r");
+    while (f && fgets(line, sizeof line, f))
+        if (sscanf(line, "0::%4095[^\n]", group[0]) != 1) sscanf(line, "%*d:memory:%4095[^\n]", group[1]);
+    if (f) fclose(f);
+    if (access(form("/sys/fs/cgroup/memory%s", group[1]), F_OK) != 0) *group[1] = 0;  // as in a container
+    least = fmin(least, group_available(form("/sys/fs/cgroup%s", group[0]), "memory.max", "memory.current"));
+    least = fmin(least, group_available(form("/sys/fs/cgroup/memory%s", group[1]), "memory.limit_in_bytes",
+                                        "memory.usage_in_bytes"));
+    getrlimit(RLIMIT_AS, &own);
+    if (own.rlim_cur == RLIM_INFINITY) return least;
+    return fmin(least, (double)own.rlim_cur - 4096 * file_number("/proc/self/statm", ""));
+}
+// Says how much memory a model takes before any is taken, and ends the program if that much is not there.
+static void check_memory(const Model* m, const Device* device, int training) {
+    const double params = 4.0 * (double)m->num_params * (!training ? 1 : m->c.optimizer == ADAMW ? 4 : 3);
+    double kept = 0, available = memory_available();
+    for (int k = 0; k < BUFFERS && device->on_host; k++) kept += 4 * buffer_size(m, k);
+    if (training) printf("memory: %.0f MB parameters, gradients and optimizer state, %.0f MB activations\n",
+                         params * 1e-6, kept * 1e-6);
+    if (!(params + kept <= available))
+        die("%.1f GB of memory wanted, %.1f are available: lower --batch, --seq, --width or --layers",
+            (params + kept) * 1e-9, available * 1e-9);
+}
 
 // Writes the first step, every tensor of it, for a look from Python (dev/reference.py checks it).
 static void dump(Model* m, const Device* device, const Split* train) {
-    static Archive a;
+    Archive a;
     const long B = m->c.batch, T = m->c.seq, V = m->c.vocab;
     next_batch(m, train);
     float loss = (float)device->trace(m), *logits = floats((double)(m->rows * V));
@@ -1806,10 +2029,22 @@ static void dump(Model* m, const Device* device, const Split* train) {
             archive_add(&a, name, "F32", buffer(m, l, k, 0), B, T, dim_of(&m->c, width));
         }
     }
-    archive_write(&a, m->c.dump);
-    free(a.entries);
+    const int error = archive_write(&a, m->c.dump);
+    if (error) die("cannot write %s: %s", m->c.dump, strerror(error));
+    archive_free(&a);
     free(logits);
     printf("wrote %s\n", m->c.dump);
+}
+
+// ---- Signals -------------------------------------------------------------------------------------------
+// The first signal lets the step end and the run be saved. `timeout` and terminals signal the program and its
+// group, so what follows within a second is the same one; a later one ends the program, unless it is saving.
+static volatile sig_atomic_t stop_signal, saving;
+static double stopped_at;
+static void on_signal(int number) {
+    const int again = stop_signal && number != SIGPIPE && seconds() - stopped_at > 1;
+    if (!stop_signal) stop_signal = number, stopped_at = seconds();
+    if (again && !saving) signal(number, SIG_DFL), raise(number);
 }
 
 // ---- Writing text --------------------------------------------------------------------------------------
@@ -1845,8 +2080,8 @@ static void generate(Model* m, const Device* device, const Text* text, int count
         if (start[i] < 0) die("the tokenizer lacks a byte of --prompt");
         window[length++] = start[i];
     }
-    fputs(m->c.prompt, stdout);
-    for (int i = 0; i < count; i++) {
+    fputs(shown(m->c.prompt), stdout);
+    for (int i = 0; i < count && !stop_signal; i++) {
         const float* logits = device->next(m, known, length);
         int token = sample_token(logits, &m->c, i);
         known = length;
@@ -1859,17 +2094,18 @@ static void generate(Model* m, const Device* device, const Text* text, int count
         }
         window[length++] = token;
     }
+    text_print(text, -1);
     printf("\n");
     free(start);
 }
 
 // ---- Training ------------------------------------------------------------------------------------------
-static volatile sig_atomic_t stop_signal;
-static void on_signal(int number) {
-    stop_signal = number;
-    signal(number, SIG_DFL);  // a second one ends the program at once
+static void print_files(const char* what, const Tokens* t) {
+    const int n = t->num_shards;
+    printf("%s: %s", what, shown(t->shards[0].path));
+    if (n > 1) printf(" to %s, %d files", shown(t->shards[n - 1].path), n);
+    printf(", %ld %s\n", t->count, t->bytes_per_token == 1 ? "bytes" : "tokens");
 }
-
 static void print_header(const Model* m, const Device* device, const Split* train, const Split* val) {
     int column = printf("us.c on %s, threads %d,", device->name, max_threads());
     for (const Option* o = OPTIONS; o < OPTIONS_END; o++) {
@@ -1887,10 +2123,15 @@ static void print_header(const Model* m, const Device* device, const Split* trai
                FORMATS[t->operand].name, (double)t->alpha, (double)(m->c.lr * t->lr_factor),
                t->kind->decays ? "yes" : "no");
     }
-    printf("%.2f M parameters; ", (double)m->num_params * 1e-6);
-    device->describe(m);
-    printf("%ld %s to train on, %ld to validate on; %ld tokens a step\n", train->count,
-           m->c.vocab == BYTES_VOCAB ? "bytes" : "tokens", val->count, m->rows * m->c.accum);
+    if (warmup_steps(&m->c) < m->c.warmup)
+        printf("--warmup %d is not less than --steps %d: %ld steps of warm-up\n", m->c.warmup, m->c.steps,
+               warmup_steps(&m->c));
+    if (!*m->c.out && !*m->c.dump) printf("nothing will be saved: that takes --out DIR\n");
+    print_files("input", train->tokens);
+    if (val->tokens != train->tokens) print_files("val", val->tokens);
+    printf("%ld %s to train on, %ld to validate on; %ld tokens a step\n%.2f M parameters; ", train->count,
+           m->c.vocab == BYTES_VOCAB ? "bytes" : "tokens", val->count, m->rows * m->c.accum,
+           (double)m->num_params * 1e-6);
 }
 
 // One screen for four blocks: for each linear its three operands; for each block the stream after it.
@@ -1929,48 +2170,84 @@ static FILE* open_log(const Model* m, const char* name, const char* header) {
     return f;
 }
 
-// Mean loss of a fixed set of windows, spread evenly over the split: the same for any batch and device.
+// A fixed set of windows, spread evenly over the split: the same for any batch and device. Returns how many.
+static long val_windows(const Config* c, const Split* val) {
+    const long all = (val->count - 1) / c->seq;
+    return c->eval_tokens ? min_l(all, div_up(c->eval_tokens, c->seq)) : all;
+}
+static void val_read(const Model* m, const Split* val, long first, long n) {
+    const long T = m->c.seq, last = val_windows(&m->c, val) - 1;
+    for (long i = 0; i < n; i++) {
+        const double place = (double)(first + i) / (double)(last > 0 ? last : 1);
+        const long start = (long)((double)(val->count - T - 1) * place);
+        tokens_read(val, start, T, m->inputs + i * T, m->targets + i * T);
+    }
+}
 static double validate(Model* m, const Device* device, const Split* val) {
-    const long T = m->c.seq, B = m->c.batch, all = (val->count - 1) / T;
-    const long want = m->c.eval_tokens ? min_l(all, div_up(m->c.eval_tokens, T)) : all;
+    const long B = m->c.batch, windows = val_windows(&m->c, val);
     double sum = 0;
-    for (long i = 0; i < want; i += B) {
-        const long n = min_l(B, want - i);
-        model_batch(m, n);
-        for (long b = 0; b < n; b++) {
-            const long room = val->count - T - 1;
-            const long start = (long)((double)room * (double)(i + b) / (double)(want > 1 ? want - 1 : 1));
-            tokens_read(val, start, T, m->inputs + b * T, m->targets + b * T);
-        }
+    for (long i = 0; i < windows && !stop_signal; i += B) {
+        const long n = min_l(B, windows - i);
+        model_batch(m, n);  // the last one may be smaller
+        val_read(m, val, i, n);
         sum += device->loss(m) * (double)n;
     }
     model_batch(m, B);
-    return sum / (double)want;
+    return stop_signal ? NAN : sum / (double)windows;
 }
 
-static int every(int n, long step) { return n && step % n == 0; }
-static long save(Model* m, const Device* device) {
-    device->fetch(m);
-    checkpoint_save(m);
-    return m->step;
+// The run under way. Whatever ends it (its last step, a signal, an error) calls save_at_end.
+static struct { Model* m; const Device* device; long sequence, saved; double saved_at; } current;
+static double save_seconds = 600;  // what a run may lose by a power cut
+// Returns whether the checkpoint could be written.
+static int save(void) {
+    Model* m = current.m;
+    saving = 1;
+    current.device->fetch(m);
+    const int error = checkpoint_save(m);
+    if (error) fprintf(stderr, "%s: cannot write %s: %s (what was written before is untouched)\n", program,
+                       shown(checkpoint_path(m->c.out, m->step)), strerror(error));
+    else current.saved = m->step, checkpoints_trim(&m->c);
+    current.saved_at = seconds();
+    saving = 0;
+    return !error;
+}
+static void save_at_end(void) {
+    last_words = NULL;
+    current.m->sequence = current.sequence;  // an error may come in the middle of reading
+    if (current.m->step > current.saved && !save()) exit(1);
+    if (current.saved) printf("saved %s\n", shown(checkpoint_path(current.m->c.out, current.saved)));
+}
+// Rows are written at once; a disk that is full costs rows and not the run.
+static void flush_log(FILE* f, const char* dir) {
+    static int said;
+    if (!f || (fflush(f) == 0 && !ferror(f))) return;
+    if (!said++)
+        fprintf(stderr, "%s: cannot write the log in %s: %s\n", program, shown(dir), strerror(errno));
+    clearerr(f);
 }
 
 static void train(Model* m, const Device* device, const Split* train, const Split* val, const Text* text) {
+    static const int signals[] = {SIGINT, SIGTERM, SIGHUP, SIGPIPE};
     const Config* c = &m->c;
     FILE *log = NULL, *stats = NULL;
     double val_loss = NAN, begin = seconds();
     const long first = m->step;
     const int terminal = isatty(STDOUT_FILENO), sample = (int)min_l(c->tokens, 256);
-    long saved = first;
+    for (long i = 0; i < val_windows(c, val); i++) val_read(m, val, i, 1);  // a bad token ends the run here
+    current.m = m, current.device = device, current.saved = first, current.sequence = m->sequence;
+    current.saved_at = begin;
     if (*c->out) {
         if (mkdir(c->out, 0777) != 0 && errno != EEXIST)
             die("cannot make --out %s: %s", c->out, strerror(errno));
         log = open_log(m, "log.csv", "step,train_loss,val_loss,lr,grad_norm,ms,tokens_per_s");
         if (c->stats_every)
             stats = open_log(m, "stats.csv", "step,tensor,operand,format,rms,max,flushed,saturated");
+        last_words = save_at_end;
     }
-    signal(SIGINT, on_signal);
-    signal(SIGTERM, on_signal);
+    for (int i = 0; i < 4; i++)  // what was ignored, as by nohup, stays so
+        if (signal(signals[i], on_signal) == SIG_IGN) signal(signals[i], SIG_IGN);
+    fflush(stdout);
     while (m->step < c->steps && !stop_signal) {
         const long s = m->step + 1;
         const int last = s == c->steps, want_val = last || every(c->eval_every, s);
@@ -1980,41 +2257,38 @@ static void train(Model* m, const Device* device, const Split* train, const Spli
         m->stats_on = want_stats;
         StepResult r = device->step(m, train, lr);
         double ms = 1e3 * (seconds() - start), rate = 1e3 * (double)(m->rows * c->accum) / ms;
-        if (!isfinite(r.loss) || r.bad) {
-            if (log) save(m, device);
-            die("step %ld: the %s is not finite; %s. A lower --lr may help", s,
-                r.bad ? form("gradient of %s", r.bad->name) : "loss",
-                log ? form("the parameters before it are in %s", checkpoint_path(c->out, m->step))
-                    : "nothing is saved without --out");
-        }
+        if (!isfinite(r.loss) || r.bad)
+            die("step %ld: the %s is not finite; the parameters are as they were before it. A lower --lr may "
+                "help", s, r.bad ? form("gradient of %s", r.bad->name) : "loss");
+        current.sequence = m->sequence;
         if (want_val) val_loss = validate(m, device, val);
+        const int have_val = want_val && isfinite(val_loss);
         long left = (long)((seconds() - begin) / (double)(s - first) * (double)(c->steps - s));
         printf("%sstep %ld/%d | loss %.4f", terminal ? "\r\033[K" : "", s, c->steps, r.loss);
-        if (want_val) printf(" | val %.4f", val_loss);
+        if (have_val) printf(" | val %.4f", val_loss);
         printf(" | lr %.5f | norm %.3g | %.0f ms | %.0f tokens/s%s | %ld:%02ld left", lr, r.norm, ms, rate,
                device->utilisation(m, rate), left / 60, left % 60);
         if (!terminal || want_val || want_stats || want_sample) printf("\n");
         if (want_stats) print_stats(m, stats);
         if (log) {
-            const char* val_text = want_val ? form("%.6f", val_loss) : "";
+            const char* val_text = have_val ? form("%.6f", val_loss) : "";
             fprintf(log, "%ld,%.6f,%s,%.6g,%.6g,%.3f,%.1f\n", s, r.loss, val_text, lr, r.norm, ms, rate);
-            if (fflush(log) != 0 || (stats && fflush(stats) != 0))
-                die("cannot write the log in %s: %s", c->out, strerror(errno));
+            flush_log(log, c->out), flush_log(stats, c->out);
         }
         if (want_sample) generate(m, device, text, sample);
         fflush(stdout);
-        if (log && every(c->save_every, s)) saved = save(m, device);
+        const int timed = seconds() - current.saved_at >= save_seconds && !last;
+        if (log && (timed || every(c->save_every, s))) save();
     }
-    if (log && m->step > saved) saved = save(m, device);
     if (stop_signal) printf("\nstopped by a signal after step %ld\n", m->step);
-    else {
+    if (log) save_at_end();
+    if (!stop_signal) {
         if (isnan(val_loss)) val_loss = validate(m, device, val);
         printf("validation loss %.4f", val_loss);
         if (c->vocab == BYTES_VOCAB) printf(", %.4f bits per byte", val_loss / 0.693147180559945);
         printf("; a sample:\n");
         generate(m, device, text, sample);
     }
-    if (saved > first) printf("saved %s\n", checkpoint_path(c->out, saved));
     if (log) fclose(log);
     if (stats) fclose(stats);
 }
@@ -2037,9 +2311,47 @@ static void splits_open(Config* c, Split* train, Split* val) {
         val->start = 0;
         val->count = other.count;
     }
+    c->data = tokens_hash(&tokens);
+    c->val_data = *c->val ? tokens_hash(&other) : 0;
     if (train->count <= c->seq || val->count <= c->seq)
         die("%ld tokens to train on and %ld to validate on are too few for --seq %d: "
             "use more text or a smaller --seq", train->count, val->count, c->seq);
+}
+
+// From the root: a checkpoint names its data so that it is found from any directory.
+static const char* absolute(const char* path) {
+    char here[4096];
+    return *path && *path != '/' && getcwd(here, sizeof here) ? copied(form("%s/%s", here, path)) : path;
+}
+// Opens --tokenizer or gpt2_tokenizer.bin beside the shards or one folder up; without one tokens are numbers.
+static void table_open(Text* t, Config* c, int resumed) {
+    const char *slash = strrchr(c->input, '/'), *const places[] = {"", "../"};
+    if (resumed && access(c->tokenizer, R_OK) != 0) c->tokenizer = "";
+    for (int i = 0; i < 2 && !*c->tokenizer && slash; i++) {
+        const char* path = form("%.*s%sgpt2_tokenizer.bin", (int)(slash - c->input + 1), c->input, places[i]);
+        if (access(path, R_OK) == 0) c->tokenizer = copied(path);
+    }
+    t->vocab = c->vocab, t->end = GPT2_VOCAB - 1;
+    if (*c->tokenizer) text_open(t, c->tokenizer);
+    else if (*c->prompt) die("--prompt wants a table: `python data/tokenize.py --out DIR --tokenizer-only`");
+    else printf("no gpt2_tokenizer.bin beside the data, so samples are token numbers: "
+                "`python data/tokenize.py --out DIR --tokenizer-only` writes it\n");
+    if (t->vocab != c->vocab)
+        die("tokenizer %s has %d tokens, the model %d", c->tokenizer, t->vocab, c->vocab);
+}
+// What goes on from a checkpoint: is its data still the same, and what does another --steps do?
+static void resumed(const Config* c, const Archive* a, long step) {
+    const char* const keys[] = {"data", "val_data"};
+    const uint64_t now[] = {c->data, c->val_data};
+    const long steps = checkpoint_number(a, "steps", 1e15);
+    for (int i = 0; i < 2 && !c->new_data; i++)
+        if (archive_get(a, keys[i]) && strtoull(archive_get(a, keys[i]), NULL, 16) != now[i])
+            die("--%s is not the data that %s was trained on: size or content differ; --new-data goes on",
+                i ? "val" : "input", a->path);
+    printf("resumed from %s\n", shown(a->path));
+    if (steps != c->steps)
+        printf("--steps was %ld and is %d: the learning rate follows the new schedule, %.5f at step %ld\n",
+               steps, c->steps, learning_rate(c, step + 1), step + 1);
 }
 
 __attribute__((unused)) static int run(int argc, char** argv, const Device* device) {
@@ -2048,50 +2360,59 @@ __attribute__((unused)) static int run(int argc, char** argv, const Device* devi
     static Text text;
     static Split training, validation;
     static Archive checkpoint;
-    static const char *path, *tokenizer;
+    int logged, loaded = 0, fd;
+    wait_briefly(argv);
+    // Descriptors 0 to 2, if they came closed, must not become a log's, which would get what is printed.
+    while ((fd = open("/dev/null", O_RDONLY)) >= 0 && fd <= 2) {}
+    close(fd);
+    signal(SIGBUS, on_bus_error);
+    signal(SIGXFSZ, SIG_IGN);  // more than ulimit -f is an error like a full disk
     config_parse(&c, argc, argv, NULL);
     if (c.help || argc < 2) { print_help(); return c.help ? 0 : 1; }
-    if (*c.generate) path = c.generate;
+    if (*c.generate && *c.dump) die("--generate and --dump are two things: give one of them");
+    if (c.resume && !*c.out) die("--resume needs the --out directory of the run to continue");
+    if (*c.generate) archive_read(&checkpoint, c.generate), loaded = 1;
     else if (*c.out) {
-        int logged;
-        long newest = checkpoint_newest(c.out, &logged);
-        if (c.resume && newest < 0) die("there is no checkpoint in %s to --resume from", c.out);
-        if (!c.resume && (newest >= 0 || logged))
+        loaded = checkpoint_open(&checkpoint, c.out, &logged);
+        if (!c.resume && (loaded || logged))
             die("%s holds a run already: --resume it, or name another --out", c.out);
-        if (c.resume) path = strdup(checkpoint_path(c.out, newest));
-    } else if (c.resume) die("--resume needs the --out directory of the run to continue");
-    if (path) {
-        archive_read(&checkpoint, path);
+    }
+    if (loaded) {
         config_parse(&c, argc, argv, &checkpoint);
         c.vocab = (int)checkpoint_number(&checkpoint, "vocab", 65536);
+        if (!*c.generate && checkpoint_number(&checkpoint, "step", 1e15) >= c.steps) {
+            printf("nothing to do: %s has all of its %d steps; a larger --steps goes on\n",
+                   shown(checkpoint.path), c.steps);
+            return 0;
+        }
     }
+    c.input = absolute(c.input), c.val = absolute(c.val), c.tokenizer = absolute(c.tokenizer);
     if (*c.generate) c.batch = 1;
     else splits_open(&c, &training, &validation);
-    if (c.vocab != BYTES_VOCAB) {
-        const char* slash = strrchr(c.input, '/');
-        int dir = slash ? (int)(slash - c.input + 1) : 0;
-        tokenizer = *c.tokenizer ? c.tokenizer : strdup(form("%.*sgpt2_tokenizer.bin", dir, c.input));
-    }
-    text_open(&text, tokenizer);
-    if (text.vocab != c.vocab)
-        die("tokenizer %s has %d tokens, the model %d", tokenizer, text.vocab, c.vocab);
+    config_defaults(&c);
+    if (c.vocab == BYTES_VOCAB) text_open(&text, NULL);
+    else table_open(&text, &c, loaded);
 
     if (*c.dump || *c.generate) c.recompute = 0;  // both want every block's buffers
     model_layout(&m, &c);
+    if (!*c.generate) print_header(&m, device, &training, &validation);
+    check_memory(&m, device, !*c.generate);
     model_alloc_params(&m, !*c.generate);
-    if (path) checkpoint_load(&m, &checkpoint);
+    if (loaded) checkpoint_load(&m, &checkpoint);
     else model_init(&m);
     device->open(&m);
     if (*c.generate) generate(&m, device, &text, c.tokens);
     else {
-        print_header(&m, device, &training, &validation);
-        if (path) printf("resumed from %s\n", path);
+        device->describe(&m);
+        if (loaded) resumed(&c, &checkpoint, m.step);
         if (*c.dump) dump(&m, device, &training);
         else train(&m, device, &training, &validation, &text);
     }
     device->close(&m);
     model_free(&m);
-    free(checkpoint.entries);
+    archive_free(&checkpoint);
+    if ((fflush(stdout) != 0 || ferror(stdout)) && stop_signal != SIGPIPE)
+        die("not all of the output could be written: %s", strerror(errno));
     return 0;
 }
 

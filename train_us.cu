@@ -44,15 +44,17 @@ typedef __nv_bfloat16 bf16;
 typedef uint8_t fp8;  // the code of an E4M3 or E5M2 value
 
 // ---- Errors -----------------------------------------------------------------------------------------------
+// After one of these nothing on the card is to be trusted: no last words.
 static void cuda_check(cudaError_t e, const char* what, const char* file, int line) {
     if (e == cudaSuccess) return;
+    last_words = NULL;
     const char* hint = e == cudaErrorMemoryAllocation ? "; a smaller batch (or --recompute) needs less" : "";
     die("%s:%d: %s: %s%s", file, line, what, cudaGetErrorString(e), hint);
 }
 static void lt_check(cublasStatus_t s, const char* what, const char* file, int line) {
-    if (s != CUBLAS_STATUS_SUCCESS)
-        die("%s:%d: %s: cuBLAS status %d (is this toolkit's libcublasLt the one found?)", file, line, what,
-            s);
+    if (s == CUBLAS_STATUS_SUCCESS) return;
+    last_words = NULL;
+    die("%s:%d: %s: cuBLAS status %d (is this toolkit's libcublasLt the one found?)", file, line, what, s);
 }
 #define CUDA(call) cuda_check(call, #call, __FILE__, __LINE__)
 #define LT(call) lt_check(call, #call, __FILE__, __LINE__)
@@ -1353,6 +1355,7 @@ static struct {
     int micro_runs, finish_runs;
     int turn;                               // which of staged the next step finds its batches in
     long staged_at, staged_end;             // sequences they begin and end at; -1: nothing is staged
+    long step_end;                          // sequences consumed after the step under way; 0: there is none
     int full;                               // statistics or a trace: write BF16 values along with codes
     int tracing;
     double ceiling;                         // measured, FLOP/s; 0: not measured
@@ -1823,11 +1826,13 @@ template <class S> static StepResult step_gpu(Model* m, const Split* train, doub
     }
     finish_step<S>(m, lr);
     gpu.turn ^= 1, gpu.staged_at = -1;
+    gpu.step_end = m->sequence;
     if (step + 1 < m->c.steps) {  // the next step's batches, while the GPU is at work
         const long end = m->sequence;
         stage_step(m, train, gpu.staged[gpu.turn]);
         m->sequence = end;
     }
+    gpu.step_end = 0;
     const StepResult result = step_result(m);
     if (m->step == step) m->sequence = sequence;
     return result;
@@ -1972,6 +1977,11 @@ static const float* gpu_next(Model* m, long t0, long T) {
     return logits;
 }
 static void gpu_fetch(Model* m) {
+    if (gpu.step_end) {  // a step under way, while reading the next one's batches failed: it is taken
+        const long step = m->step, end = gpu.step_end;
+        step_result(m);
+        if (m->step > step) m->sequence = end;
+    }
     float* const to[] = {m->params, m->m, m->v};
     const float* const from[] = {gpu.params, gpu.m, gpu.v};
     for (int i = 0; i < 3; i++)
@@ -1982,7 +1992,7 @@ static const char* gpu_utilisation(const Model* m, double rate) {
     return gpu.ceiling > 0 ? form(" | %.0f %% of BF16", 100 * rate * flops_per_token(m) / gpu.ceiling) : "";
 }
 __attribute__((unused)) static const Device GPU = {
-    "GPU", gpu_open, gpu_close, gpu_describe, gpu_step, gpu_loss, gpu_trace, gpu_update, gpu_next, gpu_fetch,
+    "GPU", 0, gpu_open, gpu_close, gpu_describe, gpu_step, gpu_loss, gpu_trace, gpu_update, gpu_next, gpu_fetch,
     gpu_utilisation};
 
 #endif  // US_KERNELS_ONLY

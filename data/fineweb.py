@@ -11,9 +11,9 @@ A download that breaks off is continued by the same command; shards that are the
     classic  https://huggingface.co/datasets/kjj0/fineweb10B-gpt2      103 train shards
     edu      https://huggingface.co/datasets/kjj0/finewebedu10B-gpt2    99 train shards, educational pages
 
-To turn tokens back into text, put the tokenizer's table next to them:
-
-    python data/tokenize.py --out data/fineweb10B --tokenizer-only
+The tokenizer's table, gpt2_tokenizer.bin, which turns tokens back into text, is written next to the shards.
+That needs tiktoken (pip install tiktoken), which fetches GPT-2's vocabulary on first use; --vocab and
+--encoder replace that download, as in data/tokenize.py. Where it fails, the shards are there all the same.
 """
 
 import os
@@ -28,7 +28,9 @@ import array
 import hashlib
 import http.client
 import re
+import shlex
 import struct
+import subprocess
 import urllib.error
 import urllib.request
 
@@ -164,6 +166,22 @@ def get(url, path):
     print(f"wrote {path}, {os.path.getsize(path) / 1e6:.1f} MB, {checks}")
 
 
+def write_table(out, vocab):
+    """Makes sure that the tokenizer's table is in the folder out; returns what to say if it is not."""
+    table = os.path.join(out, "gpt2_tokenizer.bin")
+    if os.path.exists(table):
+        print(f"{table} is already there")
+        return None
+    # As a command of its own, tokenize.py may end where something is missing, and the shards stay.
+    command = [sys.executable, os.path.join(HERE, "tokenize.py"), "--out", out, "--tokenizer-only", *vocab]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode == 0:
+        print(done.stdout, end="")
+        return None
+    reason = (done.stderr.splitlines() or [f"tokenize.py ended with {done.returncode}"])[-1]
+    return f"no {table} yet ({reason}); to write it later: {shlex.join(command)}"
+
+
 def main():
     p = Parser(description="Fetch ready-made shards of GPT-2 tokens of FineWeb's 10-billion-token sample.")
     p.add_argument("--version", choices=sorted(VERSIONS), default="classic",
@@ -172,11 +190,16 @@ def main():
                    help="train shards, 200 MB each, next to the one val shard (default %(default)s)")
     p.add_argument("--out", metavar="DIR", help="folder for the shards (default: fineweb10B or finewebedu10B "
                                                 "next to this script)")
+    p.add_argument("--vocab", metavar="vocab.bpe", help="OpenAI's merges, to write the table without "
+                                                        "downloading them")
+    p.add_argument("--encoder", metavar="encoder.json", help="OpenAI's token ids, goes with --vocab")
     p.add_argument("--base-url", default="https://huggingface.co", help=argparse.SUPPRESS)  # for the tests
     args = p.parse_args()
     dataset, name, available, folder = VERSIONS[args.version]
     if not 0 <= args.shards <= available:
         die(f"--shards {args.shards}: {args.version} has 0 to {available}")
+    if bool(args.vocab) != bool(args.encoder):
+        die("--vocab and --encoder go together: give both or neither")
     out = args.out or os.path.join(HERE, folder)
     if os.path.exists(out) and not os.path.isdir(out):
         die(f"--out {out}: is a file, and has to be a folder")
@@ -186,6 +209,11 @@ def main():
     print(f"{len(names)} shards of about 200 MB: {len(names) * 200} MB in {out}")
     for file in names:
         get(f"{args.base_url}/datasets/{dataset}/resolve/main/{file}", os.path.join(out, file))
+    problem = write_table(out, ["--vocab", args.vocab, "--encoder", args.encoder] if args.vocab else [])
+    if problem and args.vocab:  # the table was asked for
+        die(problem)
+    elif problem:
+        print(f"note: {problem}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """
 Tests the scripts of this folder, as a user would run them: tokenize.py, tinyshakespeare.sh and fineweb.py.
+Of dev/reference.py it tests the one line about a package or a dump that is missing or damaged.
 
     python data/test_data.py
     python data/test_data.py --vocab vocab.bpe --encoder encoder.json     # with GPT-2's real vocabulary too
 
 Needs no network: a web server on 127.0.0.1 stands in for Hugging Face, a script for curl, and a vocabulary of
-264 tokens for GPT-2's. Without tiktoken, what needs it is skipped and counted. Takes about half a minute.
+264 tokens for GPT-2's. What needs tiktoken or torch is skipped and counted where they are not installed.
+Takes about half a minute.
 """
 
 import os
@@ -23,6 +25,7 @@ import importlib.util
 import json
 import random
 import re
+import shlex
 import shutil
 import signal
 import struct
@@ -33,7 +36,12 @@ import time
 
 TOKENIZE, FINEWEB = os.path.join(HERE, "tokenize.py"), os.path.join(HERE, "fineweb.py")
 SHAKESPEARE = os.path.join(HERE, "tinyshakespeare.sh")
+REFERENCE = os.path.join(os.path.dirname(HERE), "dev", "reference.py")
 HAVE_TIKTOKEN = importlib.util.find_spec("tiktoken") is not None
+HAVE_REFERENCE = all(importlib.util.find_spec(name) for name in ("numpy", "safetensors", "torch"))
+# For env: nobody listens at port 9, and an empty cache makes tiktoken try.
+NO_DOWNLOAD = {"TIKTOKEN_CACHE_DIR": "", **{key: "http://127.0.0.1:9" for key in (
+    "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")}}
 counts = {"passed": 0, "failed": 0, "skipped": 0}
 
 
@@ -82,6 +90,16 @@ def write(path, data):
 def read(path):
     with open(path, "rb") as f:
         return f.read()
+
+
+def without(tmp, package):
+    """For env: the package cannot be imported, installed or not."""
+    folder = f"{tmp}/without_{package}"
+    os.makedirs(folder)
+    # The first lines fail if data/tokenize.py stands in for Python's module of its name.
+    write(f"{folder}/{package}.py",
+          f"import tokenize\ntokenize.open\nraise ModuleNotFoundError(name='{package}')\n")
+    return {"PYTHONPATH": folder}
 
 
 def shard_tokens(path):
@@ -266,9 +284,7 @@ def test_tokenize_errors(tmp, vocab):
                              ("missing encoder", (bpe, f"{tmp}/none.json"), "none.json: No such file")]:
         bad(name, [good, "--out", out], word, vocab=["--vocab", pair[0], "--encoder", pair[1]])
     bad("half of the pair", [good, "--out", out], "--encoder go together", vocab=["--encoder", encoder])
-    # Nobody listens at port 9, and an empty cache makes tiktoken try.
-    dead = {key: "http://127.0.0.1:9" for key in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")}
-    done = python(TOKENIZE, good, "--out", out, env={"TIKTOKEN_CACHE_DIR": "", **dead})
+    done = python(TOKENIZE, good, "--out", out, env=NO_DOWNLOAD)
     fails("tiktoken cannot download", done, "could not download", "--vocab", "--encoder")
 
 
@@ -308,11 +324,8 @@ def test_tokenize_interrupted(tmp, vocab):
 
 
 def test_tokenize_without_tiktoken(tmp):
-    os.makedirs(f"{tmp}/fake")
-    # Fails otherwise if the script stands in for Python's module of its name.
-    write(f"{tmp}/fake/tiktoken.py", "import tokenize\ntokenize.open\nraise ImportError\n")
     path = write(f"{tmp}/good.txt", "the hello\n")
-    done = python(TOKENIZE, path, "--out", f"{tmp}/out", env={"PYTHONPATH": f"{tmp}/fake"})
+    done = python(TOKENIZE, path, "--out", f"{tmp}/out", env=without(tmp, "tiktoken"))
     fails("tiktoken missing", done, "pip install tiktoken")
 
 
@@ -461,9 +474,11 @@ def test_fineweb(tmp):
     names.append("finewebedu_val_000000.bin")
     shards = {name: make_shard([rng.randrange(50257) for _ in range(300000)]) for name in names}
 
-    def fetch(folder, *arguments, mode="", break_after=None, files=shards):
+    no_tiktoken = without(tmp, "tiktoken")  # so most of these get no table, and need no network
+
+    def fetch(folder, *arguments, mode="", break_after=None, files=shards, env=no_tiktoken):
         FakeHub.files, FakeHub.mode, FakeHub.break_after, FakeHub.ranges = files, mode, break_after, []
-        return python(FINEWEB, "--base-url", base, "--out", f"{tmp}/{folder}", *arguments)
+        return python(FINEWEB, "--base-url", base, "--out", f"{tmp}/{folder}", *arguments, env=env)
 
     def same(folder, *names):
         return listing(f"{tmp}/{folder}") == sorted(names) and all(
@@ -473,6 +488,8 @@ def test_fineweb(tmp):
     check("one val and one train shard", same("a", val, train), listing(f"{tmp}/a"))
     check("says what it checked", out.count("0.6 MB, sha256 and format checked") == 2, out)
     check("says how much it will be", "2 shards of about 200 MB: 400 MB in" in out, out)
+    note = out.splitlines()[-1]
+    check("says why there is no table", "no " in note and "pip install tiktoken" in note, out)
     works("one more shard", fetch("a", "--shards", "2"))
     check("only the new one is fetched", FakeHub.ranges == [(train2, 0)] and same("a", val, train, train2))
     out = works("all are there", fetch("a", "--shards", "2", mode="404"))
@@ -529,7 +546,51 @@ def test_fineweb(tmp):
     bad("--version", fetch("m", "--version", "v2"), "--version", folder="m")
     fails("out is a file", fetch(f"l/{val}"), "is a file")
     fails("out cannot be made", fetch(f"l/{val}/x"), "Not a directory")
+
+    # The tokenizer's table
+    vocab, table = ["--vocab", f"{tmp}/vocab.bpe", "--encoder", f"{tmp}/encoder.json"], "gpt2_tokenizer.bin"
+    bad("half of the pair", fetch("m", *vocab[:2]), "--encoder go together", folder="m")
+    fails("table without tiktoken", fetch("n n", "--shards", "0", *vocab), "pip install tiktoken")
+    check("table without tiktoken: the shard", same("n n", val))
+    write(f"{tmp}/a/{table}", "mine")
+    out = works("table is there", fetch("a", "--shards", "0", *vocab))
+    check("table is there: stays", read(f"{tmp}/a/{table}") == b"mine" and f"{table} is already" in out, out)
+    if HAVE_TIKTOKEN:
+        works("table", fetch("e", "--shards", "0", *vocab, env={}))
+        works("table by hand", python(TOKENIZE, "--out", f"{tmp}/hand", "--tokenizer-only", *vocab))
+        check("the same table", read(f"{tmp}/e/{table}") == read(f"{tmp}/hand/{table}"))
+        check("table: nothing else", listing(f"{tmp}/e") == sorted([val, train, table]), listing(f"{tmp}/e"))
+        out = works("table: no download", fetch("n n", "--shards", "0", env=NO_DOWNLOAD))
+        note = out.splitlines()[-1]
+        check("table: no download: says so", note.startswith("note: ") and "could not download" in note, out)
+        command = shlex.split(note.partition("to write it later: ")[2])
+        works("the command it names", run(*command, *vocab))
+        check("the command: the table", read(f"{tmp}/n n/{table}") == read(f"{tmp}/hand/{table}"), command)
+    else:
+        skip("fineweb.py's table", "tiktoken is not installed")
     server.shutdown()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# dev/reference.py
+
+def test_reference(tmp):
+    packages = ["numpy", "safetensors", "torch"]
+    for i, package in enumerate(packages):  # in the order of the script, so those before it do not matter
+        env = without(tmp, package)
+        for before in packages[:i]:
+            write(f"{tmp}/without_{package}/{before}.py", "")
+        fails(f"{package} missing", python(REFERENCE, "--selftest", env=env),
+              f"reference.py: the package {package} is missing; install it with: pip install {package}")
+    if not HAVE_REFERENCE:
+        return skip("dev/reference.py with damaged dumps", "torch, numpy or safetensors is not installed")
+    header = b'{"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    other = struct.pack("<Q", len(header)) + header + bytes(4)
+    fails("--check, missing", python(REFERENCE, "--check", f"{tmp}/none"), "cannot read", f"{tmp}/none")
+    for name, data, word in [("empty", b"", "cannot read"), ("noise", b"<html>" * 500, "cannot read"),
+                             ("truncated", other[:-1], "cannot read"), ("other", other, "is not the dump")]:
+        path = write(f"{tmp}/{name}", data)
+        fails(f"--check, {name}", python(REFERENCE, "--check", path), "reference.py: ", path, word)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -544,7 +605,8 @@ def main():
 
     tests = [test_tokenize_results, test_tokenize_documents, test_tokenize_shards, test_tokenize_pieces,
              test_tokenize_errors, test_tokenize_decode_errors, test_tokenize_interrupted]
-    tests += [test_tokenize_without_tiktoken, test_tokenize_gpt2, test_tinyshakespeare, test_fineweb]
+    tests += [test_tokenize_without_tiktoken, test_tokenize_gpt2, test_tinyshakespeare, test_fineweb,
+              test_reference]
     for test in tests:
         with tempfile.TemporaryDirectory() as tmp:
             make_vocab(tmp)

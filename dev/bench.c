@@ -27,6 +27,7 @@ int main(int argc, char** argv) {
             c.layers = shapes[s].layers, c.heads = shapes[s].heads, c.width = shapes[s].width,
             c.seq = shapes[s].seq;
             c.vocab = shapes[s].vocab, c.batch = 4, c.precision = k ? 2 : 0;
+            config_defaults(&c);
             model_layout(&m[k], &c);
             model_alloc_params(&m[k], 1);
             model_alloc_buffers(&m[k]);

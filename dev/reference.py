@@ -24,12 +24,21 @@ and causes others. How far that carries is measured, not guessed: the model runs
 sum in random order, and the distance of these runs from the float64 run, the spread, is what a comparison
 allows. Small models flip seldom and make sharp tests; for large ones fp32 is sharp, bf16 and fp8 are coarse.
 """
-import argparse, json, math, os, struct, sys
+import argparse, importlib, json, math, os, struct, sys
 from types import SimpleNamespace
-import numpy as np
-import torch
-import torch.nn.functional as F
 
+def stop(message):
+    sys.exit("reference.py: " + message)
+
+def need(package):
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as e:                            # of this package, or of one that it needs
+        package = e.name.partition(".")[0]
+        stop(f"the package {package} is missing; install it with: pip install {package}")
+
+np, safetensors, torch = need("numpy"), need("safetensors"), need("torch")
+F = torch.nn.functional
 torch.set_num_threads(1)
 
 # ---- Number formats: BF16 (7 mantissa bits, the exponents of FP32) and the OCP 8-bit formats E4M3 and E5M2 -
@@ -251,17 +260,14 @@ def distance(a, b):
 def worst(errors):
     return float(np.max(list(errors)))                          # NaN, if there is one: max() might lose it
 
-def stop(message):
-    sys.exit("reference.py: " + message)
-
 def read_dump(path):
     """Settings, parameters, batch and all tensors of a dump; ends with one line where something is wrong."""
-    from safetensors import safe_open
     try:
-        with safe_open(path, framework="pt") as f:
+        with safetensors.safe_open(path, framework="pt") as f:
             meta, dump = f.metadata() or {}, {name: f.get_tensor(name) for name in f.keys()}
     except Exception as e:
-        stop(f"cannot read {path}: {str(e).splitlines()[0]}")
+        reason = str(e).partition("\n")[0]
+        stop(f"cannot read {path}: {reason}")
     try:
         cfg = SimpleNamespace(**{key: kind(meta[key]) for key, kind in (
             ("scheme", str), ("precision", str), ("activation", str), ("heads", int), ("vocab", int),
@@ -409,7 +415,7 @@ def write(path):
 
 def test_formats(expect):
     """Against ml_dtypes and torch: every value of a format, midpoints and their neighbours, any numbers."""
-    import ml_dtypes
+    ml_dtypes = need("ml_dtypes")
     random = np.random.RandomState(0)
     extra = [np.frombuffer(random.bytes(800000), np.float32), np.float32(random.standard_normal(200000)),
              np.float32([464, 465, 61440, 1e9, -1e9, np.nan, np.inf, -np.inf, -0.0])]
