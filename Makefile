@@ -131,21 +131,16 @@ out/cuda/race/%: out/dev/cuda/%.cpp $(LAB:%=out/%) out/train_us.cpp out/emu.o tr
 
 # ---- Tests
 test: test_us test_us_emu
-	./test_us
-	OMP_NUM_THREADS=1 ./test_us_emu
-	OMP_NUM_THREADS=1 EMU_SEED=1 ./test_us_emu step_by_step
-	OMP_NUM_THREADS=1 EMU_FP8_SUMS=1 ./test_us_emu oracle step_by_step
-	@if command -v nvidia-smi >/dev/null && nvidia-smi -L | grep -q GPU; then $(MAKE) test_us_cuda && ./test_us_cuda; \
-	else echo "no GPU here: the CUDA source was tested on the emulator only"; fi
+	@dev/test.sh
 
-# The text of `make train` is this project itself: no download.
-out/self.txt: train_us.c test_us.c README.md Makefile dev/reference.py
+# The text of `make train` is this project itself: no download. It is written once, so that a run that was interrupted
+# goes on with the same text; `make clean` deletes both.
+out/self.txt: | train_us.c test_us.c README.md Makefile dev/reference.py
 	@mkdir -p out
-	cat $^ >$@
+	cat $| >$@.new && mv $@.new $@
 
 train: train_us out/self.txt
-	rm -rf out/train
-	./train_us --input out/self.txt --out out/train --stats-every 1500
+	./train_us --input out/self.txt --out out/train --stats-every 1500 --resume
 
 bench: bench_us
 	./bench_us

@@ -235,7 +235,7 @@ BOTH static inline float round_fp8(float x, Format format) {
 BOTH static inline float fp8_scale(Format format, int sign) {  // 2^(sign * (127 - bias))
     return bits_float((uint32_t)(127 + sign * (format == E4M3 ? 120 : 112)) << 23);
 }
-BOTH static inline float fp8_decode(uint8_t code, Format format) {
+BOTH __attribute__((unused)) static inline float fp8_decode(uint8_t code, Format format) {
     const uint32_t a = code & 0x7Fu, bits = a << (format == E4M3 ? 20 : 21), sign = (uint32_t)code >> 7 << 31;
     if (a >= (format == E4M3 ? 0x7Fu : 0x7Du)) return NAN;
     uint32_t finite = float_bits(bits_float(bits) * fp8_scale(format, 1));
