@@ -1666,15 +1666,15 @@ static const Option OPTIONS[] = {
     {"heads", "4", 0, "im", AT(heads), 1, 1024, "of attention"},
     {"seq", "128", 0, "im", AT(seq), 1, 1 << 20, "positions of a sequence"},
     {"activation", "gelu", "gelu|relu|silu", "im", AT(activation), 0, 0, "of the mlp"},
-    {"tau", "auto", 0, "fm", AT(tau), 0, 1, "share of a branch in the stream's variance; auto: by depth"},
+    {"tau", "auto", 0, "fm", AT(tau), 0, 1, "share of a branch in the stream's variance"},
     {NULL, "", 0, "", 0, 0, 0, "Training"},
     {"batch", "8", 0, "is", AT(batch), 1, 65536, "sequences at a time"},
     {"accum", "1", 0, "is", AT(accum), 1, 65536, "batches in one step"},
     {"steps", "1500", 0, "is", AT(steps), 1, 1e9, "of the optimizer"},
     {"optimizer", "adamw", "lion|adamw", "im", AT(optimizer), 0, 0, "a small batch likes adamw"},
-    {"lr", "auto", 0, "fs", AT(lr), 1e-12, 1e3, "peak learning rate, at base width; auto: see README"},
+    {"lr", "auto", 0, "fs", AT(lr), 1e-12, 1e3, "peak learning rate, at base width"},
     {"warmup", "50", 0, "is", AT(warmup), 0, 1e9, "steps of linear warm-up; then a cosine to 10 %"},
-    {"decay", "auto", 0, "fs", AT(decay), 0, 1, "weight decay of a step at peak rate; auto: by scheme"},
+    {"decay", "auto", 0, "fs", AT(decay), 0, 1, "weight decay of a step at peak rate"},
     {"base-width", "256", 0, "is", AT(base_width), 1, 65536, "hidden matrices learn at --lr there"},
     {"precision", "fp8", "fp32|bf16|fp8", "is", AT(precision), 0, 0, "of the matmuls' operands"},
     {"recompute", "", 0, "b", AT(recompute), 0, 1, "less memory for more time (not stored: say it again)"},
@@ -1754,6 +1754,8 @@ static void print_help(void) {
         const char* flag = o->name ? form("  %-30s ", form("--%s %s", o->name, value)) : "";
         printf("%s%s%s\n", flag, o->help, *o->value ? form(" [%s]", o->value) : "");
     }
+    printf("auto: --tau 0.4 up to 4 layers, then 0.4 (4/layers)^0.43; --decay us 0.001, sp 0.0001; --lr with adamw\n"
+           "      us 0.02 for bytes and 0.16 for GPT-2's tokens, sp 0.002 (lion and where they come from: README)\n");
 }
 
 // Fills c from the defaults, then from a checkpoint's metadata if there is one, then from the flags given.

@@ -7,7 +7,7 @@
 # time. EVERY=n OFFSET=k takes each n-th line only, and the GPU's first seven.
 cd "$(dirname "$0")/.." || exit 1
 CC=${CC:-cc} CXX=${CXX:-g++} JOBS=${JOBS:-2}
-TESTS=${TESTS:-formats random matmul activ large gradients table data text oracle accum generate window held dump checkpoints}
+TESTS=${TESTS:-formats random matmul activ large gradients table data text oracle accum generate window held dump printing archive validation lost checkpoints}
 GPU_TESTS=${GPU_TESTS:-large step_by_step same_bits next not_finite overlay}
 dir=$(mktemp -d) || exit 1
 trap 'rm -rf "$dir"' EXIT
@@ -106,6 +106,16 @@ resume: the data starts again | s/m->sequence = checkpoint_number(a, "sequence",
 resume: the optimizer's state is forgotten | s/memcpy(data + t->offset, from/if (data != m->m) memcpy(data + t->offset, from/
 files: overlapping tensors are accepted | s/if (a->entries\[i\].begin != at) json_die/if (0) json_die/
 text: top-k is ignored | s/c->top_k ? (int)min_l(c->top_k, V) : V/V/
+validation: the last batch counts as a whole one | s/sum += device->loss(m) \* (double)n;/sum += device->loss(m) * (double)B;/
+validation: windows are counted from the end | s/(double)(val->count - T - 1) \* place/(double)(val->count - T - 1) * (1 - place)/
+saves: nothing is saved after an error | s/^    if (save) save();//
+saves: a second signal at once is fatal | s/ \&\& seconds() - stopped_at > 1;/;/
+saves: a dropped terminal is fatal | s/{SIGINT, SIGTERM, SIGHUP, SIGPIPE}/{SIGINT, SIGTERM, SIGPIPE, SIGPIPE}/
+saves: what --save-every names is deleted | s/!every(c->save_every, s) \&\& ++kept/++kept/
+resume: other data is accepted | s/if (archive_get(a, keys\[i\]) \&\& /if (0 \&\& /
+resume: a damaged checkpoint ends all | s/if (die_to \&\& setjmp(next)) continue;/die_to = NULL;/
+print: control characters of two bytes pass | s/length == 2 \&\& code >= 0xA0/length == 2 \&\& code >= 0x80/
+files: half a surrogate pair is a character | s/if (low >> 10 == 0xDC00 >> 10) code/if (0) code/
 recompute: a block is not computed again | s/if (m->c.recompute \&\& mlp \&\& l < m->c.layers - 1)/if (0)/
 gpu: barrier missing before a tile is written | /^activation_kernel/,/^}/s/^    __syncthreads();//
 gpu: barrier missing before a tile is filled again | /^norm_forward_kernel/,/^}/{/^        __syncthreads();$/{N;s/__syncthreads();\n    }/\n    }/}}
