@@ -1200,7 +1200,7 @@ typedef struct { Shard* shards; int num_shards, bytes_per_token; long count; } T
 typedef struct { const Tokens* tokens; long start, count; } Split;  // a range of them
 
 // A data file cut off under its mapping: whoever reads there gets this signal.
-static const char* being_read = "a file";
+static const char* volatile being_read = "a file";
 static void on_bus_error(int number) {
     signal(number, SIG_DFL);
     die("%s was cut off while it was read", being_read);
@@ -1246,7 +1246,7 @@ static uint64_t tokens_hash(const Tokens* t) {
     for (int i = 0; i < t->num_shards; i++) {
         const long size = t->shards[i].count * t->bytes_per_token;
         h = mix64(h + (uint64_t)size + 1);
-        for (long k = 0; k < 16 * 4096; k++)
+        for (long k = 0; size && k < 16 * 4096; k++)
             h = (h ^ t->shards[i].p[(size / 16 * (k / 4096) + k % 4096) % size]) * 0x100000001B3ull;
     }
     return h;
@@ -1398,7 +1398,7 @@ static int archive_write(const Archive* a, const char* path) {
         fwrite(header, 1, length, f);
         for (int i = 0; i < a->num_entries; i++)
             fwrite(a->entries[i].data, 1, (size_t)(a->entries[i].end - a->entries[i].begin), f);
-        if (fflush(f) != 0 || ferror(f) || fsync(fileno(f)) != 0) error = errno;
+        if (fflush(f) != 0 || ferror(f) || fsync(fileno(f)) != 0) error = errno ? errno : EIO;
         if (fclose(f) != 0 && !error) error = errno;
         if (!error && rename(temporary, path) != 0) error = errno;
         if (error) unlink(temporary);

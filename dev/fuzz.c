@@ -1,0 +1,192 @@
+/*
+fuzz.c: files from elsewhere, made up by clang's libFuzzer, which keeps those that reach new code.
+
+  clang -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all dev/fuzz.c -o fuzz_us -lm
+  FUZZ=READER ./fuzz_us DIR -max_len=N -max_total_time=SECONDS    DIR has the files; the first are written here
+  FUZZ=READER ./fuzz_us FILE                                      one of them again, as a crash leaves it
+
+READER and N: safetensors 5120 (a checkpoint, until its tensors are in a model), shards 1100 (or any text),
+tokenizer 1600 (and a text to encode, in unused bytes of its header), settings 512 (lines: a byte that picks an
+option, and its value in a checkpoint; or a flag). Besides what the sanitizers see: what is written and read
+again is the same, tokens spell their text, and no output can steer a terminal.
+*/
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <glob.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+static void save_seed(const char* dir, const char* name, const void* data, size_t size) {
+    char path[4096];
+    snprintf(path, sizeof path, "%s/%s", dir, name);
+    FILE* f = fopen(path, "wb");
+    if (f) fwrite(data, 1, size, f), fclose(f);
+}
+
+// In place of the file system: each file is the input, three match '*', and what is written stays in memory. It
+// is fast, without system calls; and a mapping is a copy as long as the file: a read behind its end is seen.
+static struct { const char* data; size_t size; void *maps[3]; int num_maps; char* out; size_t out_size; } file;
+static char* three[] = {"1.bin", "2.bin", "3.bin"};
+static void* map(size_t size) { return memcpy(file.maps[file.num_maps++] = malloc(size), file.data, size); }
+static int no_open(const char* path, int flags) { return (void)path, flags & 0; }
+static int no_close(int fd) { return fd & 0; }
+#define open no_open
+#define close no_close
+#define fsync(fd) no_close(fd)
+#define fstat(fd, st) ((st)->st_mode = S_IFREG, (st)->st_size = (off_t)file.size, fd)
+#define mmap(at, size, protection, flags, fd, offset) map(size)
+#define fopen(path, mode) open_memstream(&file.out, &file.out_size)
+#define rename(from, to) 0
+#define access(path, mode) (*(path) == '*' ? -1 : 0)
+#define glob(pattern, flags, error, found) ((found)->gl_pathc = 3, (found)->gl_pathv = three, flags)
+#define globfree(found) ((void)0)
+#define US_NO_MAIN
+#include "../train_us.c"
+
+static Archive archive, again;
+static Model model;
+static Tokens tokens;
+static Text text;
+static int *inputs, *targets, must;  // must: it is a mistake if the trainer refuses what it reads now
+static char *none[] = {"train_us"}, *lines, *printed;
+static size_t printed_size;
+
+static void demand(int good, const char* what) {
+    if (!good) dprintf(2, "fuzz: %s\n", what), abort();  // stderr is the trainer's
+}
+
+static void read_safetensors(void) {
+    Config c;
+    archive_read(&archive, "input");
+    if (archive.num_entries && archive.num_meta) {  // the trainer writes none without
+        qsort(archive.entries, (size_t)archive.num_entries, sizeof(Entry), by_place);  // as it has them
+        archive_write(&archive, "output");
+        file.data = file.out, file.size = file.out_size;
+        must = 1, archive_read(&again, "output"), must = 0;
+        int same = archive.num_entries == again.num_entries && archive.num_meta == again.num_meta;
+        for (int i = 0; same && i < again.num_meta; i++)
+            same = by_key(&archive.meta[i], &again.meta[i]) == 0 &&
+                   strcmp(archive.meta[i].value, again.meta[i].value) == 0;
+        for (int i = 0; same && i < again.num_entries; i++) {
+            const Entry *x = &archive.entries[i], *y = archive_tensor(&again, x->name);
+            same = strcmp(x->dtype, y->dtype) == 0 && x->dims == y->dims && x->begin == y->begin &&
+                   x->end == y->end && memcmp(x->shape, y->shape, sizeof(long) * (size_t)x->dims) == 0 &&
+                   memcmp(x->data, y->data, (size_t)(x->end - x->begin)) == 0;
+        }
+        demand(same, "an archive that is written and read again is another");
+    }
+    config_parse(&c, 1, none, &archive);
+    c.vocab = (int)checkpoint_number(&archive, "vocab", 65536);
+    config_defaults(&c);
+    model_layout(&model, &c);
+    if (model.num_params > 1 << 14) return;  // no such model is in a file of this size
+    model_alloc_params(&model, c.steps & 1);
+    checkpoint_load(&model, &archive);
+}
+
+static void read_shards(void) {
+    const uint64_t pick = mix64(file.size + (file.size ? (uint64_t)file.data[file.size / 2] : 0));
+    tokens_open(&tokens, pick & 1 ? "*" : pick & 2 ? "a.txt" : "a.bin");
+    if (tokens.count == 0) return;              // too few for any run
+    if (pick >> 56 == 0) tokens_hash(&tokens);  // as slow as hundreds of the others
+    const Split s = {&tokens, tokens.count / 3, tokens.count - tokens.count / 3};
+    const long start = (long)(pick >> 8) % s.count, T = s.count - start - 1, each = tokens.shards[0].count;
+    inputs = malloc(sizeof(int) * (size_t)T), targets = malloc(sizeof(int) * (size_t)T);
+    tokens_read(&s, start, T, inputs, targets);
+    for (long i = 0; i < T; i++) {
+        const uint8_t* p = tokens.shards[0].p + (s.start + start + i) % each * tokens.bytes_per_token;
+        demand(inputs[i] == (tokens.bytes_per_token == 1 ? *p : p[0] | p[1] << 8) &&
+               (i == 0 || targets[i - 1] == inputs[i]), "another token");
+    }
+}
+
+static void read_tokenizer(void) {
+    char spelled[65] = "";
+    int length = 0, lost = 0;
+    text_open(&text, "input");
+    lines = strndup(file.data + 16, 64);
+    inputs = malloc(sizeof(int) * strlen(lines) + 1);
+    for (int i = 0, n = text_encode(&text, lines, inputs); i < n; length += text.length[inputs[i++]]) {
+        demand(inputs[i] >= -1 && inputs[i] < text.vocab, "no such token");
+        if ((lost = inputs[i] < 0)) break;
+        memcpy(spelled + length, text.bytes[inputs[i]], (size_t)text.length[inputs[i]]);
+    }
+    demand(lost || strcmp(spelled, lines) == 0, "tokens spell another text");
+    for (int i = 0; i < text.vocab; i++) text_print(&text, i);
+}
+
+// What option_get tells, option_set makes the same of; but for auto, which is never stored.
+static void set_again(const Config* c, const Option* o) {
+    Config d;
+    const char *field = (const char*)c + o->offset, *value = option_get(c, o);
+    if (strcmp(value, "-1") == 0) return;
+    must = 1, option_set(&d, o, value, ""), must = 0;
+    demand(memcmp((char*)&d + o->offset, field, strchr("su", *o->type) ? 8 : 4) == 0, "another value");
+}
+static void read_settings(void) {
+    char *flags[64] = {*none}, *rest = lines = strndup(file.data, file.size), *line;
+    int num_flags = 1;
+    Config c;
+    while ((line = strsep(&rest, "\n")) != NULL) {
+        const Option* o = OPTIONS + (uint8_t)*line % (OPTIONS_END - OPTIONS);
+        if (*line == '-' && num_flags < 64) flags[num_flags++] = line;
+        if (!*line || *line == '-' || !o->name) continue;
+        option_set(&c, o, line + 1, "");
+        set_again(&c, o);
+        archive_meta(&archive, o->name, line + 1);
+    }
+    for (const Option* o = OPTIONS; o < OPTIONS_END; o++)
+        if (o->name && !archive_get(&archive, o->name)) archive_meta(&archive, o->name, o->value);
+    config_parse(&model.c, num_flags, flags, &archive);
+    config_defaults(&model.c);
+    archive_config(&again, &model);
+    must = 1, config_parse(&c, 1, none, &again), must = 0;  // as the run that resumes does
+    for (const Option* o = OPTIONS; o < OPTIONS_END; o++)
+        demand(!*o->type || !o->type[1] ||
+               strcmp(shown(option_get(&model.c, o)), option_get(&c, o)) == 0, "another setting");
+}
+
+enum { SAFETENSORS, SHARDS, TOKENIZER, SETTINGS, READERS };
+static const struct { const char* name; void (*read)(void); } READER[READERS] = {
+    {"safetensors", read_safetensors}, {"shards", read_shards}, {"tokenizer", read_tokenizer},
+    {"settings", read_settings}};
+static int reader;
+
+int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+    jmp_buf refused;
+    file.data = (const char*)data, file.size = size;
+    archive.path = "input";
+    die_to = &refused;
+    rewind(stdout);
+    if (!setjmp(refused)) READER[reader].read();
+    else demand(!must, printed);
+    text_print(&text, -1);
+    fflush(stdout);
+    for (long i = 0, n = (long)printed_size, length; i < n; i += length)
+        demand((length = character((const uint8_t*)printed + i, n - i)) > 0, "output that may steer a terminal");
+    archive_free(&archive), archive_free(&again), model_free(&model);
+    for (int i = 0; i < tokens.num_shards; i++) free((char*)tokens.shards[i].path);
+    free(tokens.shards), free(file.out), free(inputs), free(targets), free(lines);
+    while (file.num_maps) free(file.maps[--file.num_maps]);
+    memset(&tokens, 0, sizeof tokens), memset(&file, 0, sizeof file);
+    inputs = targets = NULL, lines = NULL;
+    return 0;
+}
+
+// Changes the file, or mostly one part of it, after which a length in its header fits: other files are refused at
+// once, and most bytes of a shard's or tokenizer's header say nothing.
+size_t LLVMFuzzerMutate(uint8_t* data, size_t size, size_t most);
+size_t LLVMFuzzerCustomMutator(uint8_t* data, size_t size, size_t most, unsigned seed) {
+    const uint32_t header = size > 1024 ? 1024 : 0, json = size > 8 ? read_u32(data) : 0;
+    size_t from = 0, n = size;
+    if (reader == SAFETENSORS && json && json <= size - 8) from = 8, n = json;
+    if ((reader == SHARDS || reader == TOKENIZER) && header) from = header, n = size - header;
+    if (from == header && seed % 4 == 0) from = 0, n = 16;
+    if (from == header && seed % 4 == 1 && reader == TOKENIZER) from = 16, n = 64;
+    uint8_t part[1 << 16];
+    const size_t room = from < 8 ....
+}
