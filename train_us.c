@@ -355,7 +355,7 @@ static inline void store(float* out, const float* sums, float alpha, long n, int
 // The order of every sum depends on K alone, so the result is the same bits for any number of threads.
 static void matmul(float* out, long ld, Operand a, Operand b, long M, long N, long K, float alpha,
                    int accumulate, Format format) {
-    int threads = max_threads();
+    int threads = (double)M * (double)N * (double)K < 1e6 ? 1 : max_threads();  // else not worth a wait
     long blocks = threads * div_up(M, threads * 120);  // rows in about as many equal blocks for each thread
     long mc = div_up(div_up(M, blocks), MR) * MR, row_blocks = div_up(M, mc);
     float* packed_b = scratch(SCRATCH_B, (long)KC * NC);
@@ -1754,8 +1754,8 @@ static void print_help(void) {
         const char* flag = o->name ? form("  %-30s ", form("--%s %s", o->name, value)) : "";
         printf("%s%s%s\n", flag, o->help, *o->value ? form(" [%s]", o->value) : "");
     }
-    printf("auto: --tau 0.4 up to 4 layers, then 0.4 (4/layers)^0.43; --decay us 0.001, sp 0.0001; --lr with adamw\n"
-           "      us 0.02 for bytes and 0.16 for GPT-2's tokens, sp 0.002 (lion and where they come from: README)\n");
+    printf("auto: --tau 0.4 up to 4 layers, then 0.4 (4/layers)^0.43; --decay us 0.001, sp 0.0001; --lr with\n"
+           "      adamw us 0.02 for bytes, 0.16 for GPT-2's tokens, sp 0.002 (lion, and why: README)\n");
 }
 
 // Fills c from the defaults, then from a checkpoint's metadata if there is one, then from the flags given.
@@ -1879,8 +1879,8 @@ static long checkpoint_before(const char* dir, long step, int* logged) {
 }
 // Opens the newest checkpoint in --out that is not damaged, and names those that are; is one there?
 static int checkpoint_open(Archive* a, const char* dir, int* logged) {
-    volatile long step = checkpoint_before(dir, LONG_MAX, logged), older;
-    for (; step >= 0; step = older) {
+    static long step, older;  // not on the stack, which longjmp may leave half changed
+    for (step = checkpoint_before(dir, LONG_MAX, logged); step >= 0; step = older) {
         jmp_buf next;
         older = checkpoint_before(dir, step, logged);
         die_to = older >= 0 ? &next : NULL;
@@ -1892,11 +1892,11 @@ static int checkpoint_open(Archive* a, const char* dir, int* logged) {
     die_to = NULL;
     return step >= 0;
 }
-// Deletes all but the newest --keep checkpoints; those that --save-every names stay.
+// Deletes all but the newest --keep checkpoints up to `step`; those that --save-every names stay.
 static int every(int n, long step) { return n && step % n == 0; }
-static void checkpoints_trim(const Config* c) {
+static void checkpoints_trim(const Config* c, long step) {
     int logged, kept = 0;
-    for (long s = LONG_MAX; c->keep && (s = checkpoint_before(c->out, s, &logged)) >= 0; )
+    for (long s = step + 1; c->keep && (s = checkpoint_before(c->out, s, &logged)) >= 0; )
         if (!every(c->save_every, s) && ++kept > c->keep) unlink(checkpoint_path(c->out, s));
 }
 
@@ -2199,7 +2199,7 @@ static double validate(Model* m, const Device* device, const Split* val) {
 }
 
 // The run under way. Whatever ends it (its last step, a signal, an error) calls save_at_end.
-static struct { Model* m; const Device* device; long sequence, saved; double saved_at; } current;
+static struct { Model* m; const Device* device; long batch, sequence, saved; double saved_at; } current;
 static double save_seconds = 600;  // what a run may lose by a power cut
 // Returns whether the checkpoint could be written.
 static int save(void) {
@@ -2209,14 +2209,15 @@ static int save(void) {
     const int error = checkpoint_save(m);
     if (error) fprintf(stderr, "%s: cannot write %s: %s (what was written before is untouched)\n", program,
                        shown(checkpoint_path(m->c.out, m->step)), strerror(error));
-    else current.saved = m->step, checkpoints_trim(&m->c);
+    else current.saved = m->step, checkpoints_trim(&m->c, m->step);
     current.saved_at = seconds();
     saving = 0;
     return !error;
 }
 static void save_at_end(void) {
     last_words = NULL;
-    current.m->sequence = current.sequence;  // an error may come in the middle of reading
+    current.m->sequence = current.sequence;  // an error may come in the middle of reading or validating
+    model_batch(current.m, current.batch);
     if (current.m->step > current.saved && !save()) exit(1);
     if (current.saved) printf("saved %s\n", shown(checkpoint_path(current.m->c.out, current.saved)));
 }
@@ -2238,7 +2239,7 @@ static void train(Model* m, const Device* device, const Split* train, const Spli
     const int terminal = isatty(STDOUT_FILENO), sample = (int)min_l(c->tokens, 256);
     for (long i = 0; i < val_windows(c, val); i++) val_read(m, val, i, 1);  // a bad token ends the run here
     current.m = m, current.device = device, current.saved = first, current.sequence = m->sequence;
-    current.saved_at = begin;
+    current.saved_at = begin, current.batch = c->batch;
     if (*c->out) {
         if (mkdir(c->out, 0777) != 0 && errno != EEXIST)
             die("cannot make --out %s: %s", c->out, strerror(errno));

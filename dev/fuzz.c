@@ -177,16 +177,61 @@ int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     return 0;
 }
 
-// Changes the file, or mostly one part of it, after which a length in its header fits: other files are refused at
-// once, and most bytes of a shard's or tokenizer's header say nothing.
+// Changes one part of the file, and then the length or count in its header: with another a file is refused at once.
 size_t LLVMFuzzerMutate(uint8_t* data, size_t size, size_t most);
 size_t LLVMFuzzerCustomMutator(uint8_t* data, size_t size, size_t most, unsigned seed) {
-    const uint32_t header = size > 1024 ? 1024 : 0, json = size > 8 ? read_u32(data) : 0;
-    size_t from = 0, n = size;
-    if (reader == SAFETENSORS && json && json <= size - 8) from = 8, n = json;
-    if ((reader == SHARDS || reader == TOKENIZER) && header) from = header, n = size - header;
-    if (from == header && seed % 4 == 0) from = 0, n = 16;
-    if (from == header && seed % 4 == 1 && reader == TOKENIZER) from = 16, n = 64;
-    uint8_t part[1 << 16];
-    const size_t room = from < 8 ....
+    const int llmc = (reader == SHARDS || reader == TOKENIZER) && size > 1024, head = llmc && seed % 2;
+    const size_t json = reader == SAFETENSORS && size > 8 ? read_u32(data) : size;
+    const size_t from = head ? 0 : llmc ? 1024 : 8, n = head ? 80 : llmc ? size - 1024 : json;
+    const size_t room = head ? n : n + most - size;
+    if (seed / 2 % 8 == 0 || from + n > size || room == 0) return LLVMFuzzerMutate(data, size, most);
+    uint8_t* part = malloc(room);
+    memcpy(part, data + from, n);
+    size_t now = LLVMFuzzerMutate(part, n, room);
+    if (llmc) now &= ~1ul;
+    const uint32_t count = (uint32_t)(reader == SHARDS ? now / 2 : now);
+    if (!head) memmove(data + from + now, data + from + n, size - from - n), size += now - n;
+    memcpy(data + from, part, now);
+    if (!head && reader != TOKENIZER) memcpy(data + (reader == SHARDS ? 8 : 0), &count, 4);
+    free(part);
+    return size;
+}
+
+int LLVMFuzzerInitialize(int* argc, char*** argv) {
+    static const uint32_t heads[][4] = {{SHARD_MAGIC, 1, 5}, {TOKENIZER_MAGIC, 2, 8, 7}};
+    static const char table[] = "\1a\1b\1 \2ab\3 ab\2\xc3\xa9\2'sabc", python[] =
+        "\x58\0\0\0\0\0\0\0{\"__metadata__\":{\"format\":\"pt\"},\"a\":{\"dtype\":\"F32\",\"shape\":[2],"
+        "\"data_offsets\":[0,8]}}     \0\0\0\0\0\0\0\0";
+    static char *tiny[] = {"", "--layers=1", "--width=1", "--heads=1", "--seq=1", "--optimizer=lion"};
+    const char *name = getenv("FUZZ") ? getenv("FUZZ") : "", *dir = *argc > 1 ? (*argv)[1] : "";
+    char seed[2000] = "";
+    int at = 0;
+    Config c;
+    while (reader < READERS && strcmp(name, READER[reader].name) != 0) reader++;
+    if (reader == READERS) die("FUZZ is safetensors, shards, tokenizer or settings");
+    stdout = stderr = open_memstream(&printed, &printed_size);  // libFuzzer has its own
+    config_parse(&c, 6, tiny, NULL);
+    c.vocab = 1, c.out = "";
+    config_defaults(&c);
+    if (reader == SAFETENSORS) {
+        model_layout(&model, &c);
+        model_alloc_params(&model, 1);
+        model_init(&model);
+        checkpoint_save(&model);
+        save_seed(dir, "checkpoint", file.out, file.out_size);
+        save_seed(dir, "python", python, sizeof python - 1);
+    } else if (reader == SETTINGS) {
+        for (const Option* o = OPTIONS; o < OPTIONS_END; o++)
+            if (o->name)
+                at += snprintf(seed + at, sizeof seed - (size_t)at, "%c%s\n",
+                               (int)(o - OPTIONS + 2 * (OPTIONS_END - OPTIONS)), option_get(&c, o));
+        at += snprintf(seed + at, sizeof seed - (size_t)at, "--resume\n--width\n64\n--lr=0.1");
+        save_seed(dir, "settings", seed, (size_t)at);
+    } else {
+        memcpy(seed, heads[reader - SHARDS], 16);
+        memcpy(seed + 16, "ab's b \xc3\xa9", 10);
+        memcpy(seed + 1024, table, sizeof table - 1);
+        save_seed(dir, "llmc", seed, 1024 + (reader == SHARDS ? 10 : sizeof table - 1));
+    }
+    return 0;
 }
