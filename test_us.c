@@ -543,8 +543,8 @@ static void test_oracle(void) {
 
 // The true gradient is grads / S, for both schemes, all activations and accumulated batches: central
 // differences along the gradient itself, where the slope of the loss is its norm. The step moves the loss by
-// 4e-5 either way. Of that difference FP32 loses 6e-8 RMS, 2e-7 at worst (the losses of 42 rows, near 4.4, are
-// each rounded to 2^-21 three times), 0.25 %; ReLU's kinks take up to 0.2 %, all curvature less than 0.01 %.
+// 4e-5 either way. Of that difference FP32 loses 6e-8 RMS, 2e-7 at worst (the losses of 42 rows, near 4.4,
+// are each rounded to 2^-21 three times), 0.25 %; ReLU's kinks take up to 0.2 %, all curvature less than 0.01 %.
 static void test_model_gradient(void) {
     for (int scheme = 0; scheme < 2; scheme++)
         for (int activation = GELU; activation <= SILU; activation++) {
@@ -1075,6 +1075,17 @@ static void test_bad_files(void) {
     check_fails("--input %s/alien.bin --val %s/good.bin --steps 30 --out %s/bad " TINY, "holds token 50257");
     check(strstr(result.out, "saved ") != NULL, "what was learned before it is saved: %s", result.out);
     check(run_us("--input %s/good.bin --steps 2 " TINY)->status == 0, "a good shard: %s", result.err);
+    // The table one folder up, and paths that were relative: text from another directory.
+    char command[16384];
+    snprintf(command, sizeof command,
+             "cd '%s' && mkdir -p up/shards && cp good.bin up/shards && cp gpt2_tokenizer.bin up && '%s' %s -- "
+             "--input up/shards/good.bin --steps 1 --out run_up " TINY " >/dev/null && cd / && '%s' %s -- --generate "
+             "'%s/run_up/ckpt_00000001.safetensors' --tokens 2 --prompt a >'%s/up.txt'",
+             work, self, run_on, self, run_on, work, work);
+    check(system(command) == 0, "text from another directory");
+    text_file(path, sizeof path, "up.txt");
+    read_text(path, result.out, sizeof result.out);
+    check(strcmp(result.out, "aaa\n") == 0, "with the table one folder up: %s", result.out);
     check_fails("--input train_us.c --out %s/short.txt/x", "cannot open --out");
     check_fails("--input train_us.c --out %s/short.txt", "cannot open --out");
     check_fails("--input train_us.c --out %s/no/such", "cannot make --out");
@@ -1117,8 +1128,8 @@ static void test_nothing_lost(void) {
     shell("cp README.md \"$(printf '%s/\\377.txt')\"");
     check(run_us("--input \"$(printf '%s/\\377.txt')\" --steps 1 --out %s/name " TINY)->status == 0, "%s",
           result.err);
-    shell("cd '%s/name' && tail -c +9 ckpt_00000001.safetensors | head -c $(od -An -tu4 -N4 ckpt*) >header && "
-          "iconv -f UTF-8 -t UTF-8 header >/dev/null && grep -q '/?.txt' header");
+    shell("cd '%s/name' && tail -c +9 ckpt_00000001.safetensors | head -c $(od -An -tu4 -N4 ckpt*) >header "
+          "&& iconv -f UTF-8 -t UTF-8 header >/dev/null && grep -q '/?.txt' header");
     check(run_us("--out %s/name --resume --steps 2 --input \"$(printf '%s/\\377.txt')\"")->status == 0, "%s",
           result.err);
 

@@ -1,13 +1,13 @@
 /*
-fuzz.c: files from elsewhere, made up by clang's libFuzzer, which keeps those that reach new code.
+fuzz.c: files from elsewhere, made up by clang's libFuzzer, which goes on with those that reach new code.
 
   clang -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all dev/fuzz.c -o fuzz_us -lm
   FUZZ=READER ./fuzz_us DIR -max_len=N -max_total_time=SECONDS    DIR has the files; the first are written here
   FUZZ=READER ./fuzz_us FILE                                      one of them again, as a crash leaves it
 
 READER and N: safetensors 5120 (a checkpoint, until its tensors are in a model), shards 1100 (or any text),
-tokenizer 1600 (and a text to encode, in unused bytes of its header), settings 512 (lines: a byte that picks an
-option, and its value in a checkpoint; or a flag). Besides what the sanitizers see: what is written and read
+tokenizer 1600 (and a text to encode, in unused bytes of its header), settings 512 (a checkpoint's, each a line:
+a byte that picks the option, its value; and flags). Besides what the sanitizers see: what is written and read
 again is the same, tokens spell their text, and no output can steer a terminal.
 */
 #define _GNU_SOURCE
@@ -39,7 +39,7 @@ static int no_close(int fd) { return fd & 0; }
 #define fsync(fd) no_close(fd)
 #define fstat(fd, st) ((st)->st_mode = S_IFREG, (st)->st_size = (off_t)file.size, fd)
 #define mmap(at, size, protection, flags, fd, offset) map(size)
-#define fopen(path, mode) open_memstream(&file.out, &file.out_size)
+#define fopen(path, mode) ((void)(path), open_memstream(&file.out, &file.out_size))
 #define rename(from, to) 0
 #define access(path, mode) (*(path) == '*' ? -1 : 0)
 #define glob(pattern, flags, error, found) ((found)->gl_pathc = 3, (found)->gl_pathv = three, flags)
@@ -51,8 +51,8 @@ static Archive archive, again;
 static Model model;
 static Tokens tokens;
 static Text text;
-static int *inputs, *targets, must;  // must: it is a mistake if the trainer refuses what it reads now
-static char *none[] = {"train_us"}, *lines, *printed;
+static int *inputs, *targets, must;  // must: to refuse what is read now is a mistake
+static char *none[] = {""}, *lines, *printed;
 static size_t printed_size;
 
 static void demand(int good, const char* what) {
@@ -109,7 +109,7 @@ static void read_tokenizer(void) {
     int length = 0, lost = 0;
     text_open(&text, "input");
     lines = strndup(file.data + 16, 64);
-    inputs = malloc(sizeof(int) * strlen(lines) + 1);
+    inputs = malloc(sizeof(int) * strlen(lines));
     for (int i = 0, n = text_encode(&text, lines, inputs); i < n; length += text.length[inputs[i++]]) {
         demand(inputs[i] >= -1 && inputs[i] < text.vocab, "no such token");
         if ((lost = inputs[i] < 0)) break;
@@ -119,35 +119,24 @@ static void read_tokenizer(void) {
     for (int i = 0; i < text.vocab; i++) text_print(&text, i);
 }
 
-// What option_get tells, option_set makes the same of; but for auto, which is never stored.
-static void set_again(const Config* c, const Option* o) {
-    Config d;
-    const char *field = (const char*)c + o->offset, *value = option_get(c, o);
-    if (strcmp(value, "-1") == 0) return;
-    must = 1, option_set(&d, o, value, ""), must = 0;
-    demand(memcmp((char*)&d + o->offset, field, strchr("su", *o->type) ? 8 : 4) == 0, "another value");
-}
 static void read_settings(void) {
-    char *flags[64] = {*none}, *rest = lines = strndup(file.data, file.size), *line;
+    char *flags[64] = {""}, *rest = lines = strndup(file.data, file.size), *line;
     int num_flags = 1;
     Config c;
     while ((line = strsep(&rest, "\n")) != NULL) {
         const Option* o = OPTIONS + (uint8_t)*line % (OPTIONS_END - OPTIONS);
         if (*line == '-' && num_flags < 64) flags[num_flags++] = line;
-        if (!*line || *line == '-' || !o->name) continue;
-        option_set(&c, o, line + 1, "");
-        set_again(&c, o);
-        archive_meta(&archive, o->name, line + 1);
+        else if (*line && o->name) archive_meta(&archive, o->name, line + 1);
     }
     for (const Option* o = OPTIONS; o < OPTIONS_END; o++)
-        if (o->name && !archive_get(&archive, o->name)) archive_meta(&archive, o->name, o->value);
+        if (o->name) archive_meta(&archive, o->name, o->value);  // counts where there was no line
     config_parse(&model.c, num_flags, flags, &archive);
     config_defaults(&model.c);
     archive_config(&again, &model);
-    must = 1, config_parse(&c, 1, none, &again), must = 0;  // as the run that resumes does
+    must = 1, config_parse(&c, 1, none, &again), must = 0;
     for (const Option* o = OPTIONS; o < OPTIONS_END; o++)
-        demand(!*o->type || !o->type[1] ||
-               strcmp(shown(option_get(&model.c, o)), option_get(&c, o)) == 0, "another setting");
+        demand(!*o->type || !o->type[1] || strcmp(shown(option_get(&model.c, o)), option_get(&c, o)) == 0,
+               "a setting that is stored and read again is another");
 }
 
 enum { SAFETENSORS, SHARDS, TOKENIZER, SETTINGS, READERS };
@@ -159,36 +148,35 @@ static int reader;
 int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     jmp_buf refused;
     file.data = (const char*)data, file.size = size;
-    archive.path = "input";
+    archive.path = again.path = "input";
     die_to = &refused;
     rewind(stdout);
     if (!setjmp(refused)) READER[reader].read();
-    else demand(!must, printed);
+    else demand(!must, "what the trainer writes it refuses");
     text_print(&text, -1);
     fflush(stdout);
     for (long i = 0, n = (long)printed_size, length; i < n; i += length)
         demand((length = character((const uint8_t*)printed + i, n - i)) > 0, "output that may steer a terminal");
     archive_free(&archive), archive_free(&again), model_free(&model);
     for (int i = 0; i < tokens.num_shards; i++) free((char*)tokens.shards[i].path);
-    free(tokens.shards), free(file.out), free(inputs), free(targets), free(lines);
     while (file.num_maps) free(file.maps[--file.num_maps]);
+    free(tokens.shards), free(file.out), free(inputs), free(targets), free(lines);
     memset(&tokens, 0, sizeof tokens), memset(&file, 0, sizeof file);
     inputs = targets = NULL, lines = NULL;
     return 0;
 }
 
-// Changes one part of the file, and then the length or count in its header: with another a file is refused at once.
+// Changes a part of the file, and then the length or count in its header: else it is refused at once.
 size_t LLVMFuzzerMutate(uint8_t* data, size_t size, size_t most);
 size_t LLVMFuzzerCustomMutator(uint8_t* data, size_t size, size_t most, unsigned seed) {
     const int llmc = (reader == SHARDS || reader == TOKENIZER) && size > 1024, head = llmc && seed % 2;
     const size_t json = reader == SAFETENSORS && size > 8 ? read_u32(data) : size;
     const size_t from = head ? 0 : llmc ? 1024 : 8, n = head ? 80 : llmc ? size - 1024 : json;
-    const size_t room = head ? n : n + most - size;
+    const size_t room = head ? n : most - size + n;
     if (seed / 2 % 8 == 0 || from + n > size || room == 0) return LLVMFuzzerMutate(data, size, most);
     uint8_t* part = malloc(room);
     memcpy(part, data + from, n);
-    size_t now = LLVMFuzzerMutate(part, n, room);
-    if (llmc) now &= ~1ul;
+    const size_t now = LLVMFuzzerMutate(part, n, room) & ~(size_t)llmc;
     const uint32_t count = (uint32_t)(reader == SHARDS ? now / 2 : now);
     if (!head) memmove(data + from + now, data + from + n, size - from - n), size += now - n;
     memcpy(data + from, part, now);
@@ -198,40 +186,28 @@ size_t LLVMFuzzerCustomMutator(uint8_t* data, size_t size, size_t most, unsigned
 }
 
 int LLVMFuzzerInitialize(int* argc, char*** argv) {
-    static const uint32_t heads[][4] = {{SHARD_MAGIC, 1, 5}, {TOKENIZER_MAGIC, 2, 8, 7}};
+    static const uint32_t heads[][4] = {{SHARD_MAGIC, 1, 10}, {TOKENIZER_MAGIC, 2, 8, 7}};
     static const char table[] = "\1a\1b\1 \2ab\3 ab\2\xc3\xa9\2'sabc", python[] =
         "\x58\0\0\0\0\0\0\0{\"__metadata__\":{\"format\":\"pt\"},\"a\":{\"dtype\":\"F32\",\"shape\":[2],"
         "\"data_offsets\":[0,8]}}     \0\0\0\0\0\0\0\0";
-    static char *tiny[] = {"", "--layers=1", "--width=1", "--heads=1", "--seq=1", "--optimizer=lion"};
+    static char* tiny[] = {"", "--layers=1", "--width=1", "--heads=1", "--seq=1", "--optimizer=lion"};
     const char *name = getenv("FUZZ") ? getenv("FUZZ") : "", *dir = *argc > 1 ? (*argv)[1] : "";
-    char seed[2000] = "";
-    int at = 0;
     Config c;
     while (reader < READERS && strcmp(name, READER[reader].name) != 0) reader++;
     if (reader == READERS) die("FUZZ is safetensors, shards, tokenizer or settings");
     stdout = stderr = open_memstream(&printed, &printed_size);  // libFuzzer has its own
     config_parse(&c, 6, tiny, NULL);
-    c.vocab = 1, c.out = "";
+    c.vocab = 1;
     config_defaults(&c);
-    if (reader == SAFETENSORS) {
-        model_layout(&model, &c);
-        model_alloc_params(&model, 1);
-        model_init(&model);
-        checkpoint_save(&model);
-        save_seed(dir, "checkpoint", file.out, file.out_size);
-        save_seed(dir, "python", python, sizeof python - 1);
-    } else if (reader == SETTINGS) {
-        for (const Option* o = OPTIONS; o < OPTIONS_END; o++)
-            if (o->name)
-                at += snprintf(seed + at, sizeof seed - (size_t)at, "%c%s\n",
-                               (int)(o - OPTIONS + 2 * (OPTIONS_END - OPTIONS)), option_get(&c, o));
-        at += snprintf(seed + at, sizeof seed - (size_t)at, "--resume\n--width\n64\n--lr=0.1");
-        save_seed(dir, "settings", seed, (size_t)at);
-    } else {
-        memcpy(seed, heads[reader - SHARDS], 16);
-        memcpy(seed + 16, "ab's b \xc3\xa9", 10);
-        memcpy(seed + 1024, table, sizeof table - 1);
-        save_seed(dir, "llmc", seed, 1024 + (reader == SHARDS ? 10 : sizeof table - 1));
+    model_layout(&model, &c);
+    model_alloc_params(&model, 1);
+    model_init(&model);
+    if (reader == SAFETENSORS) checkpoint_save(&model), save_seed(dir, "python", python, sizeof python - 1);
+    else {
+        FILE* f = fopen("", "");
+        for (const Option* o = OPTIONS; o < OPTIONS_END && reader == SETTINGS; o++)
+            fprintf(f, "%c%s\n", ...);
     }
+    save_seed(dir, "seed", file.out, file.out_size);
     return 0;
 }
