@@ -899,10 +899,10 @@ static void read_text(const char* path, char* to, size_t size) {
     if (f) fclose(f);
 }
 // Runs `flags` as a shell would split them, with %s standing for the directory of the tests. threads 0: as
-// they are; limit > 0: no file may grow beyond it, as on a full disk; signal: sent once other/log.csv has a
-// step, or TWICE, with a SIGHUP right after it; or CUT: then cut.txt is cut off.
+// they are; limit > 0: no file may grow beyond it, as on a full disk; end: a signal, sent once other/log.csv has
+// a step, or TWICE, with a SIGHUP right after it; or CUT: then cut.txt is cut off.
 enum { TWICE = 1000, CUT = -1 };
-static const Run* run_with(const char* flags, int threads, long limit, int signal) {
+static const Run* run_with(const char* flags, int threads, long limit, int end) {
     char command[8192], out[1100], err[1100], text[32];
     text_file(out, sizeof out, "out.txt"), text_file(err, sizeof err, "err.txt");
     fflush(stdout);
@@ -926,11 +926,14 @@ static const Run* run_with(const char* flags, int threads, long limit, int signa
             sigaction(SIGXFSZ, &ignore, NULL);
             setrlimit(RLIMIT_FSIZE, &r);
         }
+        const int common[] = {SIGINT, SIGTERM, SIGHUP, SIGPIPE};  // a background shell ignores some of them
+        for (int i = 0; i < 4; i++) signal(common[i], SIG_DFL);
+        if (end) alarm(300);  // a run that a signal does not end
         if (!freopen(out, "w", stdout) || !freopen(err, "w", stderr)) _exit(99);
         execl("/bin/sh", "sh", "-c", command, (char*)NULL);
         _exit(98);
     }
-    if (signal) {  // once the first step is in its log
+    if (end) {  // once the first step is in its log
         char log[1100], text_of_log[256] = "";
         text_file(log, sizeof log, "other/log.csv");
         for (int i = 0; i < 6000 && !strstr(text_of_log, "\n1,"); i++) {
@@ -938,9 +941,9 @@ static const Run* run_with(const char* flags, int threads, long limit, int signa
             read_text(log, text_of_log, sizeof text_of_log);
         }
         text_file(log, sizeof log, "cut.txt");
-        if (signal == CUT && truncate(log, 0) != 0) die("the tests cannot truncate %s", log);
-        if (signal > 0) kill(child, signal % TWICE);
-        if (signal > TWICE) kill(child, SIGHUP);
+        if (end == CUT && truncate(log, 0) != 0) die("the tests cannot truncate %s", log);
+        if (end > 0) kill(child, end % TWICE);
+        if (end > TWICE) kill(child, SIGHUP);
     }
     int status = 0;
     waitpid(child, &status, 0);

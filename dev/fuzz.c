@@ -2,13 +2,13 @@
 fuzz.c: files from elsewhere, made up by clang's libFuzzer, which goes on with those that reach new code.
 
   clang -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all dev/fuzz.c -o fuzz_us -lm
-  FUZZ=READER ./fuzz_us DIR -max_len=N -max_total_time=SECONDS    DIR has the files; the first are written here
-  FUZZ=READER ./fuzz_us FILE                                      one of them again, as a crash leaves it
+  FUZZ=READER ./fuzz_us DIR -max_len=N -max_total_time=SECONDS   DIR has the files; the first are made here
+  FUZZ=READER ./fuzz_us FILE                                     one of them again, as a crash leaves it
 
 READER and N: safetensors 5120 (a checkpoint, until its tensors are in a model), shards 1100 (or any text),
-tokenizer 1600 (and a text to encode, in unused bytes of its header), settings 512 (a checkpoint's, each a line:
-a byte that picks the option, its value; and flags). Besides what the sanitizers see: what is written and read
-again is the same, tokens spell their text, and no output can steer a terminal.
+tokenizer 1600 (and a text to encode, in unused bytes of its header), settings 512 (a checkpoint's, a line
+each: a byte that picks the option, its value; and flags). Besides what the sanitizers see: what is written and
+read again is the same, tokens spell their text, and no output can steer a terminal.
 */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -20,16 +20,9 @@ again is the same, tokens spell their text, and no output can steer a terminal.
 #include <sys/stat.h>
 #include <unistd.h>
 
-static void save_seed(const char* dir, const char* name, const void* data, size_t size) {
-    char path[4096];
-    snprintf(path, sizeof path, "%s/%s", dir, name);
-    FILE* f = fopen(path, "wb");
-    if (f) fwrite(data, 1, size, f), fclose(f);
-}
-
-// In place of the file system: each file is the input, three match '*', and what is written stays in memory. It
-// is fast, without system calls; and a mapping is a copy as long as the file: a read behind its end is seen.
-static struct { const char* data; size_t size; void *maps[3]; int num_maps; char* out; size_t out_size; } file;
+// In place of the file system: each file is the input, three match '*', and what is written stays in memory.
+// It is fast, without system calls; and a map is a copy as long as the file: a read behind its end is seen.
+static struct { const char* data; char* out; size_t size, out_size; void* maps[3]; int num_maps; } file;
 static char* three[] = {"1.bin", "2.bin", "3.bin"};
 static void* map(size_t size) { return memcpy(file.maps[file.num_maps++] = malloc(size), file.data, size); }
 static int no_open(const char* path, int flags) { return (void)path, flags & 0; }
@@ -47,26 +40,29 @@ static int no_close(int fd) { return fd & 0; }
 #define US_NO_MAIN
 #include "../train_us.c"
 
+static enum { SAFETENSORS, SHARDS, TOKENIZER, SETTINGS, READERS } reader;
+static const char* const NAMES[] = {"safetensors", "shards", "tokenizer", "settings"};
 static Archive archive, again;
 static Model model;
 static Tokens tokens;
 static Text text;
-static int *inputs, *targets, must;  // must: to refuse what is read now is a mistake
-static char *none[] = {""}, *lines, *printed;
-static size_t printed_size;
+static int must;  // to refuse what is read now is a mistake
+static char* printed;
+static size_t num_printed;
 
 static void demand(int good, const char* what) {
     if (!good) dprintf(2, "fuzz: %s\n", what), abort();  // stderr is the trainer's
 }
 
 static void read_safetensors(void) {
+    char* none = "";
     Config c;
     archive_read(&archive, "input");
     if (archive.num_entries && archive.num_meta) {  // the trainer writes none without
         qsort(archive.entries, (size_t)archive.num_entries, sizeof(Entry), by_place);  // as it has them
         archive_write(&archive, "output");
         file.data = file.out, file.size = file.out_size;
-        must = 1, archive_read(&again, "output"), must = 0;
+        must = 1, archive_read(&again, "output");
         int same = archive.num_entries == again.num_entries && archive.num_meta == again.num_meta;
         for (int i = 0; same && i < again.num_meta; i++)
             same = by_key(&archive.meta[i], &again.meta[i]) == 0 &&
@@ -77,9 +73,9 @@ static void read_safetensors(void) {
                    x->end == y->end && memcmp(x->shape, y->shape, sizeof(long) * (size_t)x->dims) == 0 &&
                    memcmp(x->data, y->data, (size_t)(x->end - x->begin)) == 0;
         }
-        demand(same, "an archive that is written and read again is another");
+        demand(same, "an archive that is written and read again is another"), must = 0;
     }
-    config_parse(&c, 1, none, &archive);
+    config_parse(&c, 1, &none, &archive);
     c.vocab = (int)checkpoint_number(&archive, "vocab", 65536);
     config_defaults(&c);
     model_layout(&model, &c);
@@ -95,7 +91,7 @@ static void read_shards(void) {
     if (pick >> 56 == 0) tokens_hash(&tokens);  // as slow as hundreds of the others
     const Split s = {&tokens, tokens.count / 3, tokens.count - tokens.count / 3};
     const long start = (long)(pick >> 8) % s.count, T = s.count - start - 1, each = tokens.shards[0].count;
-    inputs = malloc(sizeof(int) * (size_t)T), targets = malloc(sizeof(int) * (size_t)T);
+    int inputs[T + !T], targets[T + !T];
     tokens_read(&s, start, T, inputs, targets);
     for (long i = 0; i < T; i++) {
         const uint8_t* p = tokens.shards[0].p + (s.start + start + i) % each * tokens.bytes_per_token;
@@ -105,24 +101,26 @@ static void read_shards(void) {
 }
 
 static void read_tokenizer(void) {
-    char spelled[65] = "";
-    int length = 0, lost = 0;
+    char words[65] = "", spelled[65] = "";
+    int ids[64], length = 0, lost = 0;
     text_open(&text, "input");
-    lines = strndup(file.data + 16, 64);
-    inputs = malloc(sizeof(int) * strlen(lines));
-    for (int i = 0, n = text_encode(&text, lines, inputs); i < n; length += text.length[inputs[i++]]) {
-        demand(inputs[i] >= -1 && inputs[i] < text.vocab, "no such token");
-        if ((lost = inputs[i] < 0)) break;
-        memcpy(spelled + length, text.bytes[inputs[i]], (size_t)text.length[inputs[i]]);
+    memcpy(words, file.data + 16, 64);
+    for (int i = 0, n = text_encode(&text, words, ids); i < n && !lost; i++) {
+        demand(ids[i] >= -1 && ids[i] < text.vocab, "no such token");
+        if ((lost = ids[i] < 0)) continue;
+        memcpy(spelled + length, text.bytes[ids[i]], (size_t)text.length[ids[i]]);
+        length += text.length[ids[i]];
     }
-    demand(lost || strcmp(spelled, lines) == 0, "tokens spell another text");
+    demand(lost || strcmp(spelled, words) == 0, "tokens spell another text");
     for (int i = 0; i < text.vocab; i++) text_print(&text, i);
 }
 
 static void read_settings(void) {
-    char *flags[64] = {""}, *rest = lines = strndup(file.data, file.size), *line;
+    char lines[file.size + 1], *rest = lines, *line, *flags[64] = {""};
     int num_flags = 1;
     Config c;
+    lines[file.size] = 0;
+    if (file.size) memcpy(lines, file.data, file.size);
     while ((line = strsep(&rest, "\n")) != NULL) {
         const Option* o = OPTIONS + (uint8_t)*line % (OPTIONS_END - OPTIONS);
         if (*line == '-' && num_flags < 64) flags[num_flags++] = line;
@@ -133,40 +131,34 @@ static void read_settings(void) {
     config_parse(&model.c, num_flags, flags, &archive);
     config_defaults(&model.c);
     archive_config(&again, &model);
-    must = 1, config_parse(&c, 1, none, &again), must = 0;
+    must = 1, config_parse(&c, 1, flags, &again), must = 0;
     for (const Option* o = OPTIONS; o < OPTIONS_END; o++)
         demand(!*o->type || !o->type[1] || strcmp(shown(option_get(&model.c, o)), option_get(&c, o)) == 0,
                "a setting that is stored and read again is another");
 }
 
-enum { SAFETENSORS, SHARDS, TOKENIZER, SETTINGS, READERS };
-static const struct { const char* name; void (*read)(void); } READER[READERS] = {
-    {"safetensors", read_safetensors}, {"shards", read_shards}, {"tokenizer", read_tokenizer},
-    {"settings", read_settings}};
-static int reader;
-
 int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+    static void (*const READ[])(void) = {read_safetensors, read_shards, read_tokenizer, read_settings};
     jmp_buf refused;
     file.data = (const char*)data, file.size = size;
     archive.path = again.path = "input";
     die_to = &refused;
     rewind(stdout);
-    if (!setjmp(refused)) READER[reader].read();
+    if (!setjmp(refused)) READ[reader]();
     else demand(!must, "what the trainer writes it refuses");
     text_print(&text, -1);
     fflush(stdout);
-    for (long i = 0, n = (long)printed_size, length; i < n; i += length)
-        demand((length = character((const uint8_t*)printed + i, n - i)) > 0, "output that may steer a terminal");
+    for (long i = 0, n = (long)num_printed, length; i < n; i += length)
+        demand((length = character((uint8_t*)printed + i, n - i)) > 0, "output that may steer a terminal");
     archive_free(&archive), archive_free(&again), model_free(&model);
     for (int i = 0; i < tokens.num_shards; i++) free((char*)tokens.shards[i].path);
     while (file.num_maps) free(file.maps[--file.num_maps]);
-    free(tokens.shards), free(file.out), free(inputs), free(targets), free(lines);
+    free(tokens.shards), free(file.out);
     memset(&tokens, 0, sizeof tokens), memset(&file, 0, sizeof file);
-    inputs = targets = NULL, lines = NULL;
     return 0;
 }
 
-// Changes a part of the file, and then the length or count in its header: else it is refused at once.
+// Changes one part of a file, and then the length or count in its header: without that it is refused at once.
 size_t LLVMFuzzerMutate(uint8_t* data, size_t size, size_t most);
 size_t LLVMFuzzerCustomMutator(uint8_t* data, size_t size, size_t most, unsigned seed) {
     const int llmc = (reader == SHARDS || reader == TOKENIZER) && size > 1024, head = llmc && seed % 2;
@@ -174,40 +166,47 @@ size_t LLVMFuzzerCustomMutator(uint8_t* data, size_t size, size_t most, unsigned
     const size_t from = head ? 0 : llmc ? 1024 : 8, n = head ? 80 : llmc ? size - 1024 : json;
     const size_t room = head ? n : most - size + n;
     if (seed / 2 % 8 == 0 || from + n > size || room == 0) return LLVMFuzzerMutate(data, size, most);
-    uint8_t* part = malloc(room);
+    uint8_t part[room];
     memcpy(part, data + from, n);
     const size_t now = LLVMFuzzerMutate(part, n, room) & ~(size_t)llmc;
     const uint32_t count = (uint32_t)(reader == SHARDS ? now / 2 : now);
     if (!head) memmove(data + from + now, data + from + n, size - from - n), size += now - n;
     memcpy(data + from, part, now);
     if (!head && reader != TOKENIZER) memcpy(data + (reader == SHARDS ? 8 : 0), &count, 4);
-    free(part);
     return size;
 }
 
+static void write_seed(const char* path, const void* data, size_t size) {
+    if (write(creat(path, 0666), data, size) < 0) {}  // where DIR is one file
+}
 int LLVMFuzzerInitialize(int* argc, char*** argv) {
-    static const uint32_t heads[][4] = {{SHARD_MAGIC, 1, 10}, {TOKENIZER_MAGIC, 2, 8, 7}};
+    static const uint32_t heads[][4] = {{SHARD_MAGIC, 1, 11}, {TOKENIZER_MAGIC, 2, 7, 6}};
     static const char table[] = "\1a\1b\1 \2ab\3 ab\2\xc3\xa9\2'sabc", python[] =
         "\x58\0\0\0\0\0\0\0{\"__metadata__\":{\"format\":\"pt\"},\"a\":{\"dtype\":\"F32\",\"shape\":[2],"
         "\"data_offsets\":[0,8]}}     \0\0\0\0\0\0\0\0";
-    static char* tiny[] = {"", "--layers=1", "--width=1", "--heads=1", "--seq=1", "--optimizer=lion"};
-    const char *name = getenv("FUZZ") ? getenv("FUZZ") : "", *dir = *argc > 1 ? (*argv)[1] : "";
-    Config c;
-    while (reader < READERS && strcmp(name, READER[reader].name) != 0) reader++;
+    char* tiny[] = {"", "--layers=1", "--width=1", "--heads=1", "--seq=1", "--optimizer=lion"};
+    const char *name = getenv("FUZZ"), *dir = *argc > 1 ? (*argv)[1] : "";
+    while (reader < READERS && strcmp(name ? name : "", NAMES[reader]) != 0) reader++;
     if (reader == READERS) die("FUZZ is safetensors, shards, tokenizer or settings");
-    stdout = stderr = open_memstream(&printed, &printed_size);  // libFuzzer has its own
-    config_parse(&c, 6, tiny, NULL);
-    c.vocab = 1;
-    config_defaults(&c);
-    model_layout(&model, &c);
-    model_alloc_params(&model, 1);
-    model_init(&model);
-    if (reader == SAFETENSORS) checkpoint_save(&model), save_seed(dir, "python", python, sizeof python - 1);
-    else {
+    stdout = stderr = open_memstream(&printed, &num_printed);  // libFuzzer has its own
+    if (reader == SAFETENSORS) {
+        Config c;
+        config_parse(&c, 6, tiny, NULL);
+        c.vocab = 1;
+        config_defaults(&c);
+        model_layout(&model, &c);
+        model_alloc_params(&model, 1);
+        model_init(&model);
+        checkpoint_save(&model);
+        write_seed(form("%s/python", dir), python, sizeof python - 1);
+    } else {
         FILE* f = fopen("", "");
         for (const Option* o = OPTIONS; o < OPTIONS_END && reader == SETTINGS; o++)
-            fprintf(f, "%c%s\n", ...);
+            fprintf(f, "%c%s\n", (int)(o - OPTIONS + 2 * (OPTIONS_END - OPTIONS)), o->value);
+        if (reader == SETTINGS) fputs("--resume\n--width\n64\n--lr=0.1", f);
+        else fwrite(heads[reader - SHARDS], 16, 1, f), fprintf(f, "%-1008s%s", "ab's b \xc3\xa9", table);
+        fclose(f);
     }
-    save_seed(dir, "seed", file.out, file.out_size);
+    write_seed(form("%s/first", dir), file.out, file.out_size);
     return 0;
 }
