@@ -42,6 +42,7 @@ is narrower, the float holds a value which that format has.
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
@@ -87,26 +88,6 @@ static long make_safe(char* text, long n, int rest_follows) {
     return n;
 }
 
-static const char* program = "train_us";
-static jmp_buf* die_to;           // set: an attempt that may fail, and where to go on if it does
-static void (*last_words)(void);  // set: what has to be saved before the end
-// Prints one line that says what is wrong and what to do, then exits with status 1.
-__attribute__((noreturn, format(printf, 1, 2))) static void die(const char* format, ...) {
-    char text[9000];
-    void (*save)(void) = last_words;
-    va_list args;
-    va_start(args, format);
-    vsnprintf(text, sizeof text, format, args);
-    va_end(args);
-    make_safe(text, (long)strlen(text), 0);
-    for (char* p = text; *p; p++) if (*p == '\n') *p = '?';
-    fflush(stdout);
-    fprintf(stderr, "%s: %s\n", program, text);
-    if (die_to) longjmp(*die_to, 1);
-    if (save) save();
-    exit(1);
-}
-
 // printf into a string that lasts until 15 more are made.
 __attribute__((format(printf, 1, 2))) static char* form(const char* format, ...) {
     static char ring[16][9000];
@@ -119,11 +100,30 @@ __attribute__((format(printf, 1, 2))) static char* form(const char* format, ...)
     return to;
 }
 
-// A path or text of the user's, safe to print.
+// A path or text of the user's, safe to print in one line.
 static const char* shown(const char* s) {
     char* copy = form("%s", s);
     make_safe(copy, (long)strlen(copy), 0);
+    for (char* p = copy; (p = strchr(p, '\n')) != NULL; ) *p = '?';
     return copy;
+}
+
+static const char* program = "train_us";
+static jmp_buf* die_to;           // set: an attempt that may fail, and where to go on if it does
+static void (*last_words)(void);  // set: what has to be saved before the end
+// Prints one line that says what is wrong and what to do, then exits with status 1.
+__attribute__((noreturn, format(printf, 1, 2))) static void die(const char* format, ...) {
+    char text[9000];
+    void (*save)(void) = last_words;
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    fflush(stdout);
+    fprintf(stderr, "%s: %s\n", program, shown(text));
+    if (die_to) longjmp(*die_to, 1);
+    if (save) save();
+    exit(1);
 }
 
 // Zeroed memory on a cache line boundary. The size is a double: a product of sizes cannot wrap around.
@@ -163,7 +163,9 @@ static double seconds(void) { return clock_seconds(CLOCK_MONOTONIC); }
 static void wait_briefly(char** argv) {
 #if defined(_OPENMP) && !defined(KMP_VERSION_MAJOR)
     if (max_threads() == 1 || getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY")) return;
+    const char* preload = getenv("LD_PRELOAD");
     char* self = realpath("/proc/self/exe", NULL);
+    if (self && (strstr(self, "/ld-") || (preload && strstr(preload, "vgpreload")))) return;  // or valgrind
     if (self && setenv("GOMP_SPINCOUNT", "2000", 1) == 0) execv(self, argv);  // if that fails: as it was
     free(self);
 #endif
@@ -1086,11 +1088,9 @@ static void model_backward(Model* m) {
 // Both see S times the gradient: Lion takes its sign, AdamW multiplies epsilon by S.
 
 // Learning rate of step s = 1, 2, ...: linear warm-up, then a cosine to 10 % of the peak at the last step.
-static long warmup_steps(const Config* c) { return c->warmup < c->steps ? c->warmup : c->steps / 10; }
 static double learning_rate(const Config* c, long s) {
-    const long warmup = warmup_steps(c);
-    if (s <= warmup) return (double)c->lr * (double)s / (double)warmup;
-    double progress = (double)(s - warmup) / (double)(c->steps - warmup);
+    if (s <= c->warmup) return (double)c->lr * (double)s / c->warmup;
+    double progress = (double)(s - c->warmup) / (double)(c->steps - c->warmup);
     return (double)c->lr * (0.1 + 0.45 * (1.0 + cos(3.14159265358979 * fmin(progress, 1.0))));
 }
 
@@ -1233,21 +1233,24 @@ static void tokens_open(Tokens* t, const char* pattern) {
             die("token shard %s is damaged: version or token count do not fit its %ld bytes", path, size);
         if (i > 0 && width != t->bytes_per_token) die("%s mixes token shards and other files", pattern);
         if (width == 1 && not_text(p, size))
-            printf("note: %s is %s; its bytes are learned as they are\n", path, not_text(p, size));
+            printf("note: %s is %s; its bytes are learned as they are\n", shown(path), not_text(p, size));
         t->bytes_per_token = width;
         t->shards[i].p = width == 2 ? p + 1024 : p;
         t->count += t->shards[i].count = width == 2 ? (size - 1024) / 2 : size;
     }
     if (is_pattern) globfree(&found);
 }
-// Which data this is: the sizes of its files, and 16 pages of each.
+// Which data this is: the size of each file, and 4 MB of them all, spread evenly (16 pages a file at least).
 static uint64_t tokens_hash(const Tokens* t) {
     uint64_t h = 0;
+    const long pages = t->num_shards < 64 ? 1024 / t->num_shards : 16;
     for (int i = 0; i < t->num_shards; i++) {
         const long size = t->shards[i].count * t->bytes_per_token;
         h = mix64(h + (uint64_t)size + 1);
-        for (long k = 0; size && k < 16 * 4096; k++)
-            h = (h ^ t->shards[i].p[(size / 16 * (k / 4096) + k % 4096) % size]) * 0x100000001B3ull;
+        for (long k = 0; k < min_l(size, pages * 4096); k++) {  // all of a smaller file
+            const long at = size <= pages * 4096 ? k : size / pages * (k / 4096) + k % 4096;
+            h = (h ^ t->shards[i].p[at]) * 0x100000001B3ull;
+        }
     }
     return h;
 }
@@ -1754,8 +1757,8 @@ static void print_help(void) {
         const char* flag = o->name ? form("  %-30s ", form("--%s %s", o->name, value)) : "";
         printf("%s%s%s\n", flag, o->help, *o->value ? form(" [%s]", o->value) : "");
     }
-    printf("auto: --tau 0.4 up to 4 layers, then 0.4 (4/layers)^0.43; --decay us 0.001, sp 0.0001; --lr with\n"
-           "      adamw us 0.02 for bytes, 0.16 for GPT-2's tokens, sp 0.002 (lion, and why: README)\n");
+    printf("auto: --tau 0.4 up to 4 layers, then 0.4 (4/layers)^0.43; --decay us 0.001, sp 0.0001;\n"
+           "      --lr with adamw us 0.02 for bytes, 0.16 for GPT-2's tokens, sp 0.002 (lion: README)\n");
 }
 
 // Fills c from the defaults, then from a checkpoint's metadata if there is one, then from the flags given.
@@ -1844,6 +1847,14 @@ static long checkpoint_number(const Archive* a, const char* key, double high) {
         die("%s has no good %s in its metadata", a->path, key);
     return (long)x;
 }
+// What no cut and no JSON shows: values that are not finite, or another step than `step` (-1: any).
+static void checkpoint_check(const Archive* a, long step) {
+    if (step >= 0 && checkpoint_number(a, "step", 1e15) != step) die("%s is of another step", a->path);
+    for (int i = 0; i < a->num_entries; i++)
+        for (const float* x = (const float*)a->entries[i].data; x < (const float*)a->entries[i].data +
+             (a->entries[i].end - a->entries[i].begin) / 4; x++)
+            if (!isfinite(*x)) die("%s holds values that are not finite, in %s", a->path, a->entries[i].name);
+}
 static int checkpoint_fill(const Model* m, const Archive* a, const char* prefix, float* data) {
     for (int i = 0; data && i < m->num_tensors; i++) {
         const Tensor* t = &m->tensors[i];
@@ -1860,8 +1871,6 @@ static void checkpoint_load(Model* m, const Archive* a) {
     if (m->m && unknown) die("%s holds %d tensors that are not known", a->path, unknown);
     m->step = checkpoint_number(a, "step", 1e15);
     m->sequence = checkpoint_number(a, "sequence", 1e15);
-    for (long k = 0; k < m->num_params && !m->m; k++)
-        if (!isfinite(m->params[k])) die("%s has parameters that are not finite: it cannot write", a->path);
 }
 // Step of the newest checkpoint in --out before `step`, or -1; and whether a run left a log there.
 static long checkpoint_before(const char* dir, long step, int* logged) {
@@ -1886,17 +1895,18 @@ static int checkpoint_open(Archive* a, const char* dir, int* logged) {
         die_to = older >= 0 ? &next : NULL;
         if (die_to && setjmp(next)) continue;
         archive_read(a, copied(checkpoint_path(dir, step)));
-        checkpoint_number(a, "step", 1e15);
+        checkpoint_check(a, step);
         break;
     }
     die_to = NULL;
     return step >= 0;
 }
-// Deletes all but the newest --keep checkpoints up to `step`; those that --save-every names stay.
+// Deletes all but the newest --keep of the checkpoints that this process wrote, from step `first` to `step`;
+// those that --save-every names stay.
 static int every(int n, long step) { return n && step % n == 0; }
-static void checkpoints_trim(const Config* c, long step) {
+static void checkpoints_trim(const Config* c, long first, long step) {
     int logged, kept = 0;
-    for (long s = step + 1; c->keep && (s = checkpoint_before(c->out, s, &logged)) >= 0; )
+    for (long s = step + 1; c->keep && (s = checkpoint_before(c->out, s, &logged)) > first; )
         if (!every(c->save_every, s) && ++kept > c->keep) unlink(checkpoint_path(c->out, s));
 }
 
@@ -1975,7 +1985,7 @@ static double file_number(const char* path, const char* key) {  // infinite wher
 static double group_available(const char* dir, const char* limit, const char* used) {  // of a control group
     const double most = file_number(form("%s/%s", dir, limit), "");
     const double cache = file_number(form("%s/memory.stat", dir), "inactive_file ");  // given back on demand
-    return isinf(most) ? most : most - file_number(form("%s/%s", dir, used), "") + cache;
+    return isinf(most) ? most : most - file_number(form("%s/%s", dir, used), "") + (isinf(cache) ? 0 : cache);
 }
 // Bytes that this process may still take: of the machine, of its control group (version 2, 1), of ulimit -v.
 static double memory_available(void) {
@@ -2035,16 +2045,16 @@ static void dump(Model* m, const Device* device, const Split* train) {
     if (error) die("cannot write %s: %s", m->c.dump, strerror(error));
     archive_free(&a);
     free(logits);
-    printf("wrote %s\n", m->c.dump);
+    printf("wrote %s\n", shown(m->c.dump));
 }
 
 // ---- Signals -------------------------------------------------------------------------------------------
-// The first signal lets the step end and the run be saved. `timeout` and terminals signal the program and its
-// group, so what follows within a second is the same one; a later one ends the program, unless it is saving.
+// A signal lets the step end, and the run is saved. `timeout`, terminals and shutdowns send several; only a
+// second Ctrl-C, a second later, ends the program at once, and not while it saves.
 static volatile sig_atomic_t stop_signal, saving;
 static double stopped_at;
 static void on_signal(int number) {
-    const int again = stop_signal && number != SIGPIPE && seconds() - stopped_at > 1;
+    const int again = stop_signal && number == SIGINT && seconds() - stopped_at > 1;
     if (!stop_signal) stop_signal = number, stopped_at = seconds();
     if (again && !saving) signal(number, SIG_DFL), raise(number);
 }
@@ -2082,7 +2092,10 @@ static void generate(Model* m, const Device* device, const Text* text, int count
         if (start[i] < 0) die("the tokenizer lacks a byte of --prompt");
         window[length++] = start[i];
     }
-    fputs(shown(m->c.prompt), stdout);
+    char* prompt = copied(m->c.prompt);
+    make_safe(prompt, (long)strlen(prompt), 0);
+    fputs(prompt, stdout);
+    free(prompt);
     for (int i = 0; i < count && !stop_signal; i++) {
         const float* logits = device->next(m, known, length);
         int token = sample_token(logits, &m->c, i);
@@ -2125,9 +2138,6 @@ static void print_header(const Model* m, const Device* device, const Split* trai
                FORMATS[t->operand].name, (double)t->alpha, (double)(m->c.lr * t->lr_factor),
                t->kind->decays ? "yes" : "no");
     }
-    if (warmup_steps(&m->c) < m->c.warmup)
-        printf("--warmup %d is not less than --steps %d: %ld steps of warm-up\n", m->c.warmup, m->c.steps,
-               warmup_steps(&m->c));
     if (!*m->c.out && !*m->c.dump) printf("nothing will be saved: that takes --out DIR\n");
     print_files("input", train->tokens);
     if (val->tokens != train->tokens) print_files("val", val->tokens);
@@ -2185,21 +2195,23 @@ static void val_read(const Model* m, const Split* val, long first, long n) {
         tokens_read(val, start, T, m->inputs + i * T, m->targets + i * T);
     }
 }
+static int stopping(const Model* m) { return stop_signal && m->step < m->c.steps; }
 static double validate(Model* m, const Device* device, const Split* val) {
     const long B = m->c.batch, windows = val_windows(&m->c, val);
     double sum = 0;
-    for (long i = 0; i < windows && !stop_signal; i += B) {
+    for (long i = 0; i < windows && !stopping(m); i += B) {
         const long n = min_l(B, windows - i);
         model_batch(m, n);  // the last one may be smaller
         val_read(m, val, i, n);
         sum += device->loss(m) * (double)n;
     }
     model_batch(m, B);
-    return stop_signal ? NAN : sum / (double)windows;
+    return stopping(m) ? NAN : sum / (double)windows;
 }
 
 // The run under way. Whatever ends it (its last step, a signal, an error) calls save_at_end.
-static struct { Model* m; const Device* device; long batch, sequence, saved; double saved_at; } current;
+static struct { Model* m; const Device* device; long batch, first, sequence, saved; double saved_at; }
+    current;
 static double save_seconds = 600;  // what a run may lose by a power cut
 // Returns whether the checkpoint could be written.
 static int save(void) {
@@ -2209,7 +2221,7 @@ static int save(void) {
     const int error = checkpoint_save(m);
     if (error) fprintf(stderr, "%s: cannot write %s: %s (what was written before is untouched)\n", program,
                        shown(checkpoint_path(m->c.out, m->step)), strerror(error));
-    else current.saved = m->step, checkpoints_trim(&m->c, m->step);
+    else current.saved = m->step, checkpoints_trim(&m->c, current.first, m->step);
     current.saved_at = seconds();
     saving = 0;
     return !error;
@@ -2219,7 +2231,8 @@ static void save_at_end(void) {
     current.m->sequence = current.sequence;  // an error may come in the middle of reading or validating
     model_batch(current.m, current.batch);
     if (current.m->step > current.saved && !save()) exit(1);
-    if (current.saved) printf("saved %s\n", shown(checkpoint_path(current.m->c.out, current.saved)));
+    const char* path = checkpoint_path(current.m->c.out, current.saved);
+    if (current.saved > current.first) printf("saved %s\n", shown(path));
 }
 // Rows are written at once; a disk that is full costs rows and not the run.
 static void flush_log(FILE* f, const char* dir) {
@@ -2238,11 +2251,13 @@ static void train(Model* m, const Device* device, const Split* train, const Spli
     const long first = m->step;
     const int terminal = isatty(STDOUT_FILENO), sample = (int)min_l(c->tokens, 256);
     for (long i = 0; i < val_windows(c, val); i++) val_read(m, val, i, 1);  // a bad token ends the run here
-    current.m = m, current.device = device, current.saved = first, current.sequence = m->sequence;
-    current.saved_at = begin, current.batch = c->batch;
+    current.m = m, current.device = device, current.saved = current.first = first;
+    current.sequence = m->sequence, current.batch = c->batch, current.saved_at = begin;
     if (*c->out) {
         if (mkdir(c->out, 0777) != 0 && errno != EEXIST)
             die("cannot make --out %s: %s", c->out, strerror(errno));
+        if (flock(open(c->out, O_RDONLY), LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK)
+            die("another process trains into --out %s", c->out);
         log = open_log(m, "log.csv", "step,train_loss,val_loss,lr,grad_norm,ms,tokens_per_s");
         if (c->stats_every)
             stats = open_log(m, "stats.csv", "step,tensor,operand,format,rms,max,flushed,saturated");
@@ -2264,6 +2279,7 @@ static void train(Model* m, const Device* device, const Split* train, const Spli
             die("step %ld: the %s is not finite; the parameters are as they were before it. A lower --lr may "
                 "help", s, r.bad ? form("gradient of %s", r.bad->name) : "loss");
         current.sequence = m->sequence;
+        if (log && last) save();  // first of all: what follows takes time, and no signal cuts it short
         if (want_val) val_loss = validate(m, device, val);
         const int have_val = want_val && isfinite(val_loss);
         long left = (long)((seconds() - begin) / (double)(s - first) * (double)(c->steps - s));
@@ -2283,9 +2299,9 @@ static void train(Model* m, const Device* device, const Split* train, const Spli
         const int timed = seconds() - current.saved_at >= save_seconds && !last;
         if (log && (timed || every(c->save_every, s))) save();
     }
-    if (stop_signal) printf("\nstopped by a signal after step %ld\n", m->step);
+    if (stopping(m)) printf("\nstopped by a signal after step %ld\n", m->step);
     if (log) save_at_end();
-    if (!stop_signal) {
+    if (!stopping(m)) {
         if (isnan(val_loss)) val_loss = validate(m, device, val);
         printf("validation loss %.4f", val_loss);
         if (c->vocab == BYTES_VOCAB) printf(", %.4f bits per byte", val_loss / 0.693147180559945);
@@ -2324,12 +2340,13 @@ static void splits_open(Config* c, Split* train, Split* val) {
 // From the root: a checkpoint names its data so that it is found from any directory.
 static const char* absolute(const char* path) {
     char here[4096];
-    return *path && *path != '/' && getcwd(here, sizeof here) ? copied(form("%s/%s", here, path)) : path;
+    if (!*path || *path == '/' || !getcwd(here, sizeof here) || strpbrk(here, "*?[\\")) return path;
+    return copied(form("%s/%s", here, path));
 }
 // Opens --tokenizer or gpt2_tokenizer.bin beside the shards or one folder up; without one tokens are numbers.
-static void table_open(Text* t, Config* c, int resumed) {
+static void table_open(Text* t, Config* c, const char* stored) {
     const char *slash = strrchr(c->input, '/'), *const places[] = {"", "../"};
-    if (resumed && access(c->tokenizer, R_OK) != 0) c->tokenizer = "";
+    if (stored && strcmp(stored, c->tokenizer) == 0 && access(stored, R_OK) != 0) c->tokenizer = "";
     for (int i = 0; i < 2 && !*c->tokenizer && slash; i++) {
         const char* path = form("%.*s%sgpt2_tokenizer.bin", (int)(slash - c->input + 1), c->input, places[i]);
         if (access(path, R_OK) == 0) c->tokenizer = copied(path);
@@ -2374,7 +2391,7 @@ __attribute__((unused)) static int run(int argc, char** argv, const Device* devi
     if (c.help || argc < 2) { print_help(); return c.help ? 0 : 1; }
     if (*c.generate && *c.dump) die("--generate and --dump are two things: give one of them");
     if (c.resume && !*c.out) die("--resume needs the --out directory of the run to continue");
-    if (*c.generate) archive_read(&checkpoint, c.generate), loaded = 1;
+    if (*c.generate) archive_read(&checkpoint, c.generate), checkpoint_check(&checkpoint, -1), loaded = 1;
     else if (*c.out) {
         loaded = checkpoint_open(&checkpoint, c.out, &logged);
         if (!c.resume && (loaded || logged))
@@ -2384,17 +2401,21 @@ __attribute__((unused)) static int run(int argc, char** argv, const Device* devi
         config_parse(&c, argc, argv, &checkpoint);
         c.vocab = (int)checkpoint_number(&checkpoint, "vocab", 65536);
         if (!*c.generate && checkpoint_number(&checkpoint, "step", 1e15) >= c.steps) {
-            printf("nothing to do: %s has all of its %d steps; a larger --steps goes on\n",
+            printf("nothing to do: %s is the end of %d steps; a larger --steps goes on\n",
                    shown(checkpoint.path), c.steps);
             return 0;
         }
     }
     c.input = absolute(c.input), c.val = absolute(c.val), c.tokenizer = absolute(c.tokenizer);
+    if (!loaded && c.warmup >= c.steps) {
+        printf("--warmup %d is not less than --steps %d: %d is taken\n", c.warmup, c.steps, c.steps / 10);
+        c.warmup = c.steps / 10;
+    }
     if (*c.generate) c.batch = 1;
     else splits_open(&c, &training, &validation);
     config_defaults(&c);
     if (c.vocab == BYTES_VOCAB) text_open(&text, NULL);
-    else table_open(&text, &c, loaded);
+    else table_open(&text, &c, loaded ? archive_get(&checkpoint, "tokenizer") : NULL);
 
     if (*c.dump || *c.generate) c.recompute = 0;  // both want every block's buffers
     model_layout(&m, &c);

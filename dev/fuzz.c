@@ -7,8 +7,8 @@ fuzz.c: files from elsewhere, made up by clang's libFuzzer, which goes on with t
 
 READER and N: safetensors 5120 (a checkpoint, until its tensors are in a model), shards 1100 (or any text),
 tokenizer 1600 (and a text to encode, in unused bytes of its header), settings 512 (a checkpoint's, a line
-each: a byte that picks the option, its value; and flags). Besides what the sanitizers see: what is written and
-read again is the same, tokens spell their text, and no output can steer a terminal.
+each: a byte that picks the option, its value; and flags). Besides what the sanitizers see: what is written
+and read again is the same, tokens spell their text, and no output can steer a terminal.
 */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -182,8 +182,8 @@ static void write_seed(const char* path, const void* data, size_t size) {
 int LLVMFuzzerInitialize(int* argc, char*** argv) {
     static const uint32_t heads[][4] = {{SHARD_MAGIC, 1, 11}, {TOKENIZER_MAGIC, 2, 7, 6}};
     static const char table[] = "\1a\1b\1 \2ab\3 ab\2\xc3\xa9\2'sabc", python[] =
-        "\x58\0\0\0\0\0\0\0{\"__metadata__\":{\"format\":\"pt\"},\"a\":{\"dtype\":\"F32\",\"shape\":[2],"
-        "\"data_offsets\":[0,8]}}     \0\0\0\0\0\0\0\0";
+        "\x60\0\0\0\0\0\0\0{\"__metadata__\":{\"format\":\"\\u00b5\"},\"a\":{\"dtype\":\"F32\",\"shape\":[2],"
+        "\"data_offsets\":[0,8]}}       \0\0\0\0\0\0\0\0";
     char* tiny[] = {"", "--layers=1", "--width=1", "--heads=1", "--seq=1", "--optimizer=lion"};
     const char *name = getenv("FUZZ"), *dir = *argc > 1 ? (*argv)[1] : "";
     while (reader < READERS && strcmp(name ? name : "", NAMES[reader]) != 0) reader++;
@@ -208,5 +208,6 @@ int LLVMFuzzerInitialize(int* argc, char*** argv) {
         fclose(f);
     }
     write_seed(form("%s/first", dir), file.out, file.out_size);
+    free(file.out), file.out = NULL, model_free(&model);
     return 0;
 }
