@@ -1408,7 +1408,7 @@ static void test_checkpoints(void) {
     }
     forge("forged/ckpt_00000004.safetensors", "h.0.qkv", "h.0.qkv", 0);
     check(run_us("--out %s/forged --resume --steps 5")->status == 0, "an unchanged copy: %s", result.err);
-    // A weight that is NaN: the step is not taken, and the tensor is named.
+    // A weight that is NaN is refused before the first step.
     shell(
         "cd '%s/forged' && n=$(od -An -t u4 -N 4 ckpt_00000004.safetensors) && "
         "printf '\\377\\377\\377\\377' | dd of=ckpt_00000004.safetensors bs=1 seek=$((n + 8)) conv=notrunc "
