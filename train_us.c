@@ -2009,8 +2009,8 @@ static void check_memory(const Model* m, const Device* device, int training) {
     const double params = 4.0 * (double)m->num_params * (!training ? 1 : m->c.optimizer == ADAMW ? 4 : 3);
     double kept = 0, available = memory_available();
     for (int k = 0; k < BUFFERS && device->on_host; k++) kept += 4 * buffer_size(m, k);
-    if (training) printf("memory: %.0f MB parameters, gradients and optimizer state, %.0f MB activations\n",
-                         params * 1e-6, kept * 1e-6);
+    if (training) printf("memory: %.0f MB parameters, gradients and optimizer state, %s\n", params * 1e-6,
+                         device->on_host ? form("%.0f MB activations", kept * 1e-6) : "on the host");
     if (!(params + kept <= available))
         die("%.1f GB of memory wanted, %.1f are available: lower --batch, --seq, --width or --layers",
             (params + kept) * 1e-9, available * 1e-9);
