@@ -157,10 +157,19 @@ sanitize_emu: test_us_emu_asan test_us_emu_race
 	OMP_NUM_THREADS=1 ./test_us_emu_asan step_by_step next not_finite oracle
 	./test_us_emu_race next not_finite
 
+# What reads files from elsewhere, under clang's coverage-guided fuzzer: SECONDS for each reader.
+SECONDS ?= 30
+fuzz_us: dev/fuzz.c train_us.c
+	clang -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all dev/fuzz.c -o $@ -lm
+fuzz: fuzz_us
+	for r in safetensors:5120 shards:1100 tokenizer:1600 settings:512; do mkdir -p out/fuzz/$${r%:*} && \
+	FUZZ=$${r%:*} ./fuzz_us out/fuzz/$${r%:*} -max_len=$${r#*:} -max_total_time=$(SECONDS) -verbosity=0 \
+	  -artifact_prefix=out/fuzz/$${r%:*}- -print_final_stats=1 || exit 1; done
+
 clean:
-	rm -rf train_us train_us_emu train_us_cuda test_us test_us_sanitized test_us_emu test_us_emu_asan \
+	rm -rf train_us fuzz_us train_us_emu train_us_cuda test_us test_us_sanitized test_us_emu test_us_emu_asan \
 	  test_us_emu_race test_us_cuda test_us_plain bench_us bench_gpu out .flags .flags_cuda .flags_emu \
 	  $(basename $(wildcard dev/cuda/*.cu))
 
-.PHONY: all test test_emu train bench mutants sanitize sanitize_emu gpu bench_gpu_emu clean FORCE
+.PHONY: all test test_emu train bench mutants fuzz sanitize sanitize_emu gpu bench_gpu_emu clean FORCE
 .SECONDARY:

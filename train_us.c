@@ -67,6 +67,7 @@ static int max_threads(void) { return 1; }
 // is a control character, which could steer a terminal.
 static int character(const uint8_t* s, long n) {
     const int length = *s < 0x80 ? 1 : *s >> 5 == 6 ? 2 : *s >> 4 == 14 ? 3 : *s >> 3 == 30 ? 4 : -1;
+    if (length < 0) return -1;
     uint32_t code = length == 1 ? *s : *s & (0x7F >> length);
     for (int i = 1; i < length; i++) {
         if (i >= n) return 0;
