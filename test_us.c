@@ -1185,6 +1185,11 @@ static void test_nothing_lost(void) {
     check(run_us("--out %s/all --resume --steps 9 --keep 1")->status == 0, "%s", result.err);
     shell("cd '%s/all' && test \"$(echo ckpt_* | tr -dc '1-9 ')\" = '1 2 3 4 9 98 99'");
     unsetenv("TEST_SAVE_SECONDS");
+    text_file(path, sizeof path, "timed");
+    const int dir = open(path, O_RDONLY);
+    check(flock(dir, LOCK_EX) == 0, "flock");
+    check_fails("--out %s/timed --resume --steps 20", "another process trains into --out");
+    close(dir);
     // A file cut off during validation, in a batch that is not whole: the checkpoint has the whole batch.
     shell("rm -rf '%s/other' && cat README.md >'%s/cut.txt'");
     run_with("--input README.md --val %s/cut.txt --steps 1000000 --eval-tokens 64 --out %s/other --layers 1 "

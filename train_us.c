@@ -2297,8 +2297,8 @@ static void train(Model* m, const Device* device, const Split* train, const Spli
         }
         if (want_sample) generate(m, device, text, sample);
         fflush(stdout);
-        const int timed = seconds() - current.saved_at >= save_seconds && !last;
-        if (log && (timed || every(c->save_every, s))) save();
+        const int timed = seconds() - current.saved_at >= save_seconds;
+        if (log && !last && (timed || every(c->save_every, s))) save();
     }
     if (stopping(m)) printf("\nstopped by a signal after step %ld\n", m->step);
     if (log) save_at_end();

@@ -75,6 +75,7 @@ static void read_safetensors(void) {
         }
         demand(same, "an archive that is written and read again is another"), must = 0;
     }
+    checkpoint_check(&archive, -1);
     config_parse(&c, 1, &none, &archive);
     c.vocab = (int)checkpoint_number(&archive, "vocab", 65536);
     config_defaults(&c);
@@ -87,8 +88,8 @@ static void read_safetensors(void) {
 static void read_shards(void) {
     const uint64_t pick = mix64(file.size + (file.size ? (uint64_t)file.data[file.size / 2] : 0));
     tokens_open(&tokens, pick & 1 ? "*" : pick & 2 ? "a.txt" : "a.bin");
-    if (tokens.count == 0) return;              // too few for any run
-    if (pick >> 56 == 0) tokens_hash(&tokens);  // as slow as hundreds of the others
+    tokens_hash(&tokens);
+    if (tokens.count == 0) return;  // too few for any run
     const Split s = {&tokens, tokens.count / 3, tokens.count - tokens.count / 3};
     const long start = (long)(pick >> 8) % s.count, T = s.count - start - 1, each = tokens.shards[0].count;
     int inputs[T + !T], targets[T + !T];
