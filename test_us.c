@@ -1006,7 +1006,7 @@ static void test_command_line(void) {
     }
     check_fails("--input train_us.c --width 100 --heads 3", "--width 100 is not a multiple of --heads 3");
     check_fails("--input train_us.c --width 65536 --layers 1000", "of memory wanted");
-    check(strstr(result.out, " MB activations") != NULL, "the memory line comes before the end");
+    check(strstr(result.out, "; memory: ") != NULL, "the memory line comes before the end");
     check(run_us("--input README.md --steps 1 " TINY)->status == 0 &&
               strstr(result.out, "--warmup 50 is not less than --steps 1: 0 is taken") &&
               strstr(result.out, "nothing will be saved") && strstr(result.out, "/README.md, "),
@@ -1845,7 +1845,8 @@ static void test_overlay(void) {
         last = x.loss;
     }
     check_below(worst, 0.005, "50 steps in fp8:", "largest difference of losses");
-    check_below(norm, 0x1p-8, "two batches of 2 in fp8:", "gradient norm");  // a BF16 unit
+    // Roundings to FP8 that fall the other way move the norm: over 48 seeds and texts 0.3 % RMS, at most 0.9.
+    check_below(norm, 0x1p-6, "two batches of 2 in fp8:", "gradient norm");
     check(last < first - 1, "50 steps: from %.3f to %.3f", first, last);
     check(a.step == 50 && a.sequence == b.sequence, "steps and sequences are counted");
     GPU.close(&a), CPU.close(&b), model_free(&a), model_free(&b);

@@ -20,18 +20,23 @@ and read again is the same, tokens spell their text, and no output can steer a t
 #include <sys/stat.h>
 #include <unistd.h>
 
-// In place of the file system: each file is the input, three match '*', and what is written stays in memory.
-// It is fast, without system calls; and a map is a copy as long as the file: a read behind its end is seen.
+// In place of the file system: each file is the input, and what is written stays in memory. No system call
+// slows it, and a map is a copy as long as the file: a read behind its end is seen. Three files match '*', the
+// second of them the input's first 1024 bytes with 0 in place of a shard's count: a shard without tokens.
 static struct { const char* data; char* out; size_t size, out_size; void* maps[3]; int num_maps; } file;
 static char* three[] = {"1.bin", "2.bin", "3.bin"};
-static void* map(size_t size) { return memcpy(file.maps[file.num_maps++] = malloc(size), file.data, size); }
-static int no_open(const char* path, int flags) { return (void)path, flags & 0; }
+static void* map(size_t size, int fd) {
+    char* copy = file.maps[file.num_maps++] = memcpy(malloc(size), file.data, size);
+    if (fd && size >= 12) memset(copy + 8, 0, 4);
+    return copy;
+}
+static int no_open(const char* path, int flags) { return (void)flags, *path == '2'; }
 static int no_close(int fd) { return fd & 0; }
 #define open no_open
 #define close no_close
 #define fsync(fd) no_close(fd)
-#define fstat(fd, st) ((st)->st_mode = S_IFREG, (st)->st_size = (off_t)file.size, fd)
-#define mmap(at, size, protection, flags, fd, offset) map(size)
+#define fstat(fd, st) ((st)->st_mode = S_IFREG, (st)->st_size = min_l(file.size, fd ? 1024 : file.size), 0)
+#define mmap(at, size, protection, flags, fd, offset) map(size, fd)
 #define fopen(path, mode) ((void)(path), open_memstream(&file.out, &file.out_size))
 #define rename(from, to) 0
 #define access(path, mode) (*(path) == '*' ? -1 : 0)
@@ -91,13 +96,16 @@ static void read_shards(void) {
     tokens_hash(&tokens);
     if (tokens.count == 0) return;  // too few for any run
     const Split s = {&tokens, tokens.count / 3, tokens.count - tokens.count / 3};
-    const long start = (long)(pick >> 8) % s.count, T = s.count - start - 1, each = tokens.shards[0].count;
+    const long start = (long)(pick >> 8) % s.count, T = s.count - start - 1;
     int inputs[T + !T], targets[T + !T];
     tokens_read(&s, start, T, inputs, targets);
     for (long i = 0; i < T; i++) {
-        const uint8_t* p = tokens.shards[0].p + (s.start + start + i) % each * tokens.bytes_per_token;
+        const Shard* shard = tokens.shards;
+        long at = s.start + start + i;
+        while (at >= shard->count) at -= shard++->count;
+        const uint8_t* p = shard->p + at * tokens.bytes_per_token;
         demand(inputs[i] == (tokens.bytes_per_token == 1 ? *p : p[0] | p[1] << 8) &&
-               (i == 0 || targets[i - 1] == inputs[i]), "another token");
+               inputs[i] < tokens_vocab(&tokens) && (i == 0 || targets[i - 1] == inputs[i]), "another token");
     }
 }
 
@@ -113,6 +121,7 @@ static void read_tokenizer(void) {
         length += text.length[ids[i]];
     }
     demand(lost || strcmp(spelled, words) == 0, "tokens spell another text");
+    demand(text.end < text.vocab, "no such end");
     for (int i = 0; i < text.vocab; i++) text_print(&text, i);
 }
 
@@ -133,9 +142,12 @@ static void read_settings(void) {
     config_defaults(&model.c);
     archive_config(&again, &model);
     must = 1, config_parse(&c, 1, flags, &again), must = 0;
-    for (const Option* o = OPTIONS; o < OPTIONS_END; o++)
-        demand(!*o->type || !o->type[1] || strcmp(shown(option_get(&model.c, o)), option_get(&c, o)) == 0,
-               "a setting that is stored and read again is another");
+    for (const Option* o = OPTIONS; o < OPTIONS_END; o++) {
+        if (!*o->type || !o->type[1]) continue;
+        const char *x = (char*)&model.c + o->offset, *y = (char*)&c + o->offset;
+        demand(*o->type == 's' ? strcmp(shown(*(char**)x), *(char**)y) == 0
+                               : memcmp(x, y, *o->type == 'u' ? 8 : 4) == 0, "another setting is read again");
+    }
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
