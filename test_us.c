@@ -1423,7 +1423,8 @@ static void test_checkpoints(void) {
     // The largest finite weight overflows: the step is not taken, and the tensor is named.
     shell(
         "cd '%s/forged' && n=$(od -An -t u4 -N 4 ckpt_00000004.safetensors) && "
-        "printf '\\377\\377\\177\\177' | dd of=ckpt_00000004.safetensors bs=1 seek=$((n + 8)) conv=notrunc 2>/dev/null");
+        "printf '\\377\\377\\177\\177' | dd of=ckpt_00000004.safetensors bs=1 seek=$((n + 8)) conv=notrunc "
+        "2>/dev/null");
     check_fails("--out %s/forged --resume --steps 5 --precision fp32",
                 "is not finite; the parameters are as they were before it");
     // Random damage to the header: an error or a run, but never a crash.

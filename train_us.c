@@ -1306,8 +1306,7 @@ static void next_batch(Model* m, const Split* train) {
 // An Archive is what such a file holds; begin and end are offsets behind the header.
 typedef struct { char *name, dtype[8]; int dims; long shape[4], begin, end; const void* data; } Entry;
 typedef struct { char *key, *value; } Pair;
-typedef struct { Entry* entries; Pair* meta; int num_entries, num_meta; char* text; const char* path; }
-    Archive;
+typedef struct { Entry* entries; Pair* meta; int num_entries, num_meta; char *text, *path; } Archive;
 
 static char* copied(const char* s) {
     char* copy = strdup(s);
@@ -1331,7 +1330,7 @@ static Entry* archive_entry(Archive* a, const char* name) {
 static void archive_free(Archive* a) {
     for (int i = 0; i < a->num_entries; i++) free(a->entries[i].name);
     for (int i = 0; i < a->num_meta; i++) free(a->meta[i].key), free(a->meta[i].value);
-    free(a->entries), free(a->meta), free(a->text);
+    free(a->entries), free(a->meta), free(a->text), free(a->path);
     memset(a, 0, sizeof *a);
 }
 // Adds a tensor of 1 to 3 dimensions to write; dimensions that are 0 are left out.
@@ -1527,7 +1526,7 @@ static void archive_read(Archive* a, const char* path) {
     Json j = {NULL, path};
     const char *name, *key;
     memset(a, 0, sizeof *a);
-    a->path = path;
+    a->path = copied(path);
     if (length < 2 || length > 100000000 || (long)length > size - 8)
         json_die(&j, "its header's length is impossible");
     j.p = a->text = strndup((const char*)file + 8, (size_t)length);
@@ -1851,10 +1850,12 @@ static long checkpoint_number(const Archive* a, const char* key, double high) {
 // What no cut and no JSON shows: values that are not finite, or another step than `step` (-1: any).
 static void checkpoint_check(const Archive* a, long step) {
     if (step >= 0 && checkpoint_number(a, "step", 1e15) != step) die("%s is of another step", a->path);
-    for (int i = 0; i < a->num_entries; i++)
-        for (const float* x = (const float*)a->entries[i].data; x < (const float*)a->entries[i].data +
-             (a->entries[i].end - a->entries[i].begin) / 4; x++)
-            if (!isfinite(*x)) die("%s holds values that are not finite, in %s", a->path, a->entries[i].name);
+    for (const Entry* e = a->entries; e < a->entries + a->num_entries; e++)
+        for (long at = 0; at < e->end - e->begin; at += 4) {
+            float x;
+            memcpy(&x, (const char*)e->data + at, 4);  // another's header may leave it unaligned
+            if (!isfinite(x)) die("%s holds values that are not finite, in %s", a->path, e->name);
+        }
 }
 static int checkpoint_fill(const Model* m, const Archive* a, const char* prefix, float* data) {
     for (int i = 0; data && i < m->num_tensors; i++) {
@@ -1894,8 +1895,8 @@ static int checkpoint_open(Archive* a, const char* dir, int* logged) {
         jmp_buf next;
         older = checkpoint_before(dir, step, logged);
         die_to = older >= 0 ? &next : NULL;
-        if (die_to && setjmp(next)) continue;
-        archive_read(a, copied(checkpoint_path(dir, step)));
+        if (die_to && setjmp(next)) { archive_free(a); continue; }
+        archive_read(a, checkpoint_path(dir, step));
         checkpoint_check(a, step);
         break;
     }
