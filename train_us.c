@@ -181,8 +181,7 @@ static void share_the_cores(void) {
     if (getenv("KMP_BLOCKTIME") || getenv("OMP_WAIT_POLICY") || t - wall < 0.01) return;
     const int spin = u - used > 0.7 * (t - wall) * max_threads() ? 200 : 0;
     wall = t, used = u;
-    #pragma omp parallel
-    if (kmp_get_blocktime() != spin) kmp_set_blocktime(spin);
+    kmp_set_blocktime(spin);
 #endif
 }
 
