@@ -130,6 +130,7 @@ static void read_settings(void) {
     int num_flags = 1;
     Config c;
     lines[file.size] = 0;
+    archive.path = copied("input");
     if (file.size) memcpy(lines, file.data, file.size);
     while ((line = strsep(&rest, "\n")) != NULL) {
         const Option* o = OPTIONS + (uint8_t)*line % (OPTIONS_END - OPTIONS);
@@ -141,6 +142,7 @@ static void read_settings(void) {
     config_parse(&model.c, num_flags, flags, &archive);
     config_defaults(&model.c);
     archive_config(&again, &model);
+    again.path = copied("output");
     must = 1, config_parse(&c, 1, flags, &again), must = 0;
     for (const Option* o = OPTIONS; o < OPTIONS_END; o++) {
         if (!*o->type || !o->type[1]) continue;
@@ -154,7 +156,6 @@ int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     static void (*const READ[])(void) = {read_safetensors, read_shards, read_tokenizer, read_settings};
     jmp_buf refused;
     file.data = (const char*)data, file.size = size;
-    archive.path = again.path = "input";
     die_to = &refused;
     rewind(stdout);
     if (!setjmp(refused)) READ[reader]();
