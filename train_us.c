@@ -1849,11 +1849,11 @@ static long checkpoint_number(const Archive* a, const char* key, double high) {
 // What no cut and no JSON shows: values that are not finite, or another step than `step` (-1: any).
 static void checkpoint_check(const Archive* a, long step) {
     if (step >= 0 && checkpoint_number(a, "step", 1e15) != step) die("%s is of another step", a->path);
-    for (const Entry* e = a->entries; e < a->entries + a->num_entries; e++)
-        for (long at = 0; at < e->end - e->begin; at += 4) {
-            float x;
-            memcpy(&x, (const char*)e->data + at, 4);  // another's header may leave it unaligned
-            if (!isfinite(x)) die("%s holds values that are not finite, in %s", a->path, e->name);
+    for (int i = 0; i < a->num_entries; i++)
+        for (long at = a->entries[i].begin; at < a->entries[i].end; at += 4) {
+            float x;  // not aligned, if another's header is not
+            memcpy(&x, (const char*)a->entries[i].data + at - a->entries[i].begin, 4);
+            if (!isfinite(x)) die("%s holds values that are not finite, in %s", a->path, a->entries[i].name);
         }
 }
 static int checkpoint_fill(const Model* m, const Archive* a, const char* prefix, float* data) {
