@@ -870,7 +870,8 @@ static void test_archive(void) {
     n += (size_t)sprintf(file + n, "{\"__metadata__\":{\"a\\nb\":\"\\u00eb\\ud83d\\ude42\\u20ac\\/\\t\\\"\","
                          "\"long\":\"%s\"", longest);
     for (int i = 0; i < 70; i++) n += (size_t)sprintf(file + n, ",\"k%d\":\"%d\"", i, i * i);
-    n += (size_t)sprintf(file + n, "},\"t\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,4]}}");
+    n += (size_t)sprintf(file + n, "},\"t\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,4]},"
+                         "\"empty\":{\"dtype\":\"F32\",\"shape\":[300,0],\"data_offsets\":[4,4]}}");
     for (int i = 0; i < 8; i++) file[i] = (char)((n - 8) >> 8 * i);
     text_file(path, sizeof path, "python.safetensors");
     write_file(path, file, n + 4);
@@ -879,8 +880,8 @@ static void test_archive(void) {
     const char* last = archive_get(&a, "k69");
     check(odd && strcmp(odd, "\xC3\xAB\xF0\x9F\x99\x82\xE2\x82\xAC/\t\"") == 0, "escapes: %s",
           odd ? odd : "none");
-    check(whole && strcmp(whole, longest) == 0 && last && strcmp(last, "4761") == 0 && a.num_meta == 72,
-          "a long value, and many");
+    check(whole && strcmp(whole, longest) == 0 && last && strcmp(last, "4761") == 0 && a.num_meta == 72 &&
+              a.num_entries == 2, "a long value, many, and a tensor without values");
     archive_free(&a);
 }
 
@@ -1427,6 +1428,8 @@ static void test_checkpoints(void) {
         "2>/dev/null");
     check_fails("--out %s/forged --resume --steps 5 --precision fp32",
                 "is not finite; the parameters are as they were before it");
+    forge("forged/other", "\"vocab\":\"256\"", "\"vocab\":\"250\"", 0);
+    check_fails("--generate %s/forged/other", "was not trained on the kind of tokens known here");
     // Random damage to the header: an error or a run, but never a crash.
     long size;
     text_file(path, sizeof path, "run/ckpt_00000004.safetensors");

@@ -1432,10 +1432,10 @@ static int json_more(Json* j, int n, char close) {
     return 1;
 }
 static unsigned json_hex(const char* p) {  // of the four digits behind \u; 0 is none that can be kept
-    unsigned code = 0;
+    char digits[5] = "";  // a copy: sscanf would measure all of the header each time
     for (int i = 2; i < 6; i++) if (p[0] != '\\' || p[1] != 'u' || !isxdigit((uint8_t)p[i])) return 0;
-    sscanf(p + 2, "%4x", &code);
-    return code;
+    memcpy(digits, p + 2, 4);
+    return (unsigned)strtoul(digits, NULL, 16);
 }
 // A string, unescaped to UTF-8 in the text's own memory: it never gets longer.
 static char* json_string(Json* j) {
@@ -1497,6 +1497,7 @@ static void json_tensor(Json* j, Entry* e, const uint8_t* data, long size) {
     if (seen != 7) json_die(j, "a tensor lacks dtype, shape or offsets");
     if (strcmp(e->dtype, "F32") != 0 && strcmp(e->dtype, "I32") != 0)
         json_die(j, "a tensor is neither F32 nor I32");
+    for (int i = 0; i < e->dims; i++) if (e->shape[i] == 0) bytes = 0;  // whatever the others are
     for (int i = 0; i < e->dims; bytes *= e->shape[i++])
         if (e->shape[i] > 0 && bytes > size / e->shape[i])
             json_die(j, "a tensor is larger than the file (is it cut off?)");
@@ -2401,6 +2402,8 @@ __attribute__((unused)) static int run(int argc, char** argv, const Device* devi
     if (loaded) {
         config_parse(&c, argc, argv, &checkpoint);
         c.vocab = (int)checkpoint_number(&checkpoint, "vocab", 65536);
+        if (c.vocab != BYTES_VOCAB && c.vocab != GPT2_VOCAB)
+            die("%s was not trained on the kind of tokens known here: it has %d", checkpoint.path, c.vocab);
         if (!*c.generate && checkpoint_number(&checkpoint, "step", 1e15) >= c.steps) {
             printf("nothing to do: %s is the end of %d steps; a larger --steps goes on\n",
                    shown(checkpoint.path), c.steps);

@@ -21,8 +21,8 @@ and read again is the same, tokens spell their text, and no output can steer a t
 #include <unistd.h>
 
 // In place of the file system: each file is the input, and what is written stays in memory. No system call
-// slows it, and a map is a copy as long as the file: a read behind its end is seen. Three files match '*'; the
-// second is the input's first 1024 bytes with 0 in place of a shard's count: a shard without tokens.
+// slows it, and a map is a copy as long as the file: a read behind its end is seen. Three files match '*';
+// the second is the input's first 1024 bytes with 0 in place of a shard's count: a shard without tokens.
 static struct { const char* data; char* out; size_t size, out_size; void* maps[3]; int num_maps; } file;
 static char* three[] = {"1.bin", "2.bin", "3.bin"};
 static void* map(size_t size, int fd) {
