@@ -127,6 +127,12 @@ __attribute__((noreturn, format(printf, 1, 2))) static void die(const char* form
     exit(1);
 }
 
+static char* copied(const char* s) {
+    char* copy = strdup(s);
+    if (!copy) die("out of memory");
+    return copy;
+}
+
 // Zeroed memory on a cache line boundary. The size is a double: a product of sizes cannot wrap around.
 static void* alloc(double bytes) {
     void* p = NULL;
@@ -165,9 +171,12 @@ static void wait_briefly(char** argv) {
 #if defined(_OPENMP) && !defined(KMP_VERSION_MAJOR)
     if (max_threads() == 1 || getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY")) return;
     const char* preload = getenv("LD_PRELOAD");
+    if (preload && strstr(preload, "vgpreload")) return;  // valgrind would be left behind
     char* self = realpath("/proc/self/exe", NULL);
-    if (self && (strstr(self, "/ld-") || (preload && strstr(preload, "vgpreload")))) return;  // or valgrind
-    if (self && setenv("GOMP_SPINCOUNT", "2000", 1) == 0) execv(self, argv);  // if that fails: as it was
+    if (self && !strstr(self, "/ld-")) {  // ld.so itself, started with this program as its argument
+        setenv("GOMP_SPINCOUNT", "2000", 1);
+        execv(self, argv);  // if that fails, all is as it was
+    }
     free(self);
 #endif
     (void)argv;
@@ -1223,7 +1232,7 @@ static void tokens_open(Tokens* t, const char* pattern) {
     t->shards = (Shard*)alloc(sizeof(Shard) * (double)t->num_shards);
     for (int i = 0; i < t->num_shards; i++) {
         long size;
-        const char* path = t->shards[i].path = strdup(is_pattern ? found.gl_pathv[i] : pattern);
+        const char* path = t->shards[i].path = copied(is_pattern ? found.gl_pathv[i] : pattern);
         const char* dot = strrchr(path, '.');
         const uint8_t* p = map_file(path, "data file", &size);
         int width = size >= 4 && read_u32(p) == SHARD_MAGIC ? 2 : 1;
@@ -1232,8 +1241,8 @@ static void tokens_open(Tokens* t, const char* pattern) {
         if (width == 2 && (size < 1024 || read_u32(p + 4) != 1 || size != 1024 + 2L * read_u32(p + 8)))
             die("token shard %s is damaged: version or token count do not fit its %ld bytes", path, size);
         if (i > 0 && width != t->bytes_per_token) die("%s mixes token shards and other files", pattern);
-        if (width == 1 && not_text(p, size))
-            printf("note: %s is %s; its bytes are learned as they are\n", shown(path), not_text(p, size));
+        const char* odd = width == 1 ? not_text(p, size) : NULL;
+        if (odd) printf("note: %s is %s; its bytes are learned as they are\n", shown(path), odd);
         t->bytes_per_token = width;
         t->shards[i].p = width == 2 ? p + 1024 : p;
         t->count += t->shards[i].count = width == 2 ? (size - 1024) / 2 : size;
@@ -1307,11 +1316,6 @@ typedef struct { char *name, dtype[8]; int dims; long shape[4], begin, end; cons
 typedef struct { char *key, *value; } Pair;
 typedef struct { Entry* entries; Pair* meta; int num_entries, num_meta; char *text, *path; } Archive;
 
-static char* copied(const char* s) {
-    char* copy = strdup(s);
-    if (!copy) die("out of memory");
-    return copy;
-}
 // Room for one more at the end of a list of n.
 static void* one_more(void* list, long n, size_t size) {
     if (n & (n - 1)) return list;  // it doubles when n is a power of two
@@ -1889,11 +1893,12 @@ static long checkpoint_before(const char* dir, long step, int* logged) {
     return newest;
 }
 // Opens the newest checkpoint in --out that is not damaged, and names those that are; is one there?
-static int checkpoint_open(Archive* a, const char* dir, int* logged) {
+static int checkpoint_open(Archive* a, const char* dir) {
     static long step, older;  // not on the stack, which longjmp may leave half changed
-    for (step = checkpoint_before(dir, LONG_MAX, logged); step >= 0; step = older) {
+    int logged;
+    for (step = checkpoint_before(dir, LONG_MAX, &logged); step >= 0; step = older) {
         jmp_buf next;
-        older = checkpoint_before(dir, step, logged);
+        older = checkpoint_before(dir, step, &logged);
         die_to = older >= 0 ? &next : NULL;
         if (die_to && setjmp(next)) { archive_free(a); continue; }
         archive_read(a, checkpoint_path(dir, step));
@@ -2395,9 +2400,9 @@ __attribute__((unused)) static int run(int argc, char** argv, const Device* devi
     if (c.resume && !*c.out) die("--resume needs the --out directory of the run to continue");
     if (*c.generate) archive_read(&checkpoint, c.generate), checkpoint_check(&checkpoint, -1), loaded = 1;
     else if (*c.out) {
-        loaded = checkpoint_open(&checkpoint, c.out, &logged);
-        if (!c.resume && (loaded || logged))
+        if (!c.resume && (checkpoint_before(c.out, LONG_MAX, &logged) >= 0 || logged))
             die("%s holds a run already: --resume it, or name another --out", c.out);
+        if (c.resume) loaded = checkpoint_open(&checkpoint, c.out);
     }
     if (loaded) {
         config_parse(&c, argc, argv, &checkpoint);
