@@ -429,12 +429,76 @@ static const Entry* state_entry(const Archive* a, const char* format, const char
     return archive_tensor(a, name);
 }
 
+#ifdef US_CUDA
+static int emulated(void) {
+    cudaDeviceProp card;
+    CUDA(cudaGetDeviceProperties(&card, 0));
+    return strcmp(card.name, "emulated GPU") == 0;
+}
+// FP8 tensor cores align the products of a sum to the largest and keep about 14 bits: with fast accumulation
+// (the forward pass) of a whole sum, without it of some products at a time, then FP32 goes on. How many, and how
+// many bits, differs from card to card and nobody says: so one product is measured against exact sums.
+static double short_sums[2];  // RMS of their errors over that of the sums; without and with `fast`
+static void measure_short_sums(void) {
+    enum { M = 64, K = 1280 };  // K: the longest sum in test_step_by_step
+    const Format formats[] = {E5M2, E4M3};
+    static fp8 codes[2][M * K];
+    static float got[M * M];
+    fp8* p[2];
+    float* out;
+    LT(cublasLtCreate(&lt.handle));
+    CUDA(cudaMalloc(&lt.workspace, WORKSPACE));
+    CUDA(cudaMalloc(&out, sizeof got));
+    for (int i = 0; i < 2; i++) {
+        float* x = normals(M * K, 1, i ? "right" : "left");
+        for (long k = 0; k < M * K; k++) codes[i][k] = fp8_encode(x[k], formats[i]);
+        CUDA(cudaMalloc(&p[i], sizeof *codes));
+        CUDA(cudaMemcpy(p[i], codes[i], sizeof *codes, cudaMemcpyHostToDevice));
+        free(x);
+    }
+    for (int fast = 0; fast < 2; fast++) {
+        double square = 0, errors = 0;
+        gemm("short sums", out, CUDA_R_32F, M, side(p[0], K, 1, CUDA_R_8F_E5M2),
+             side(p[1], K, 1, CUDA_R_8F_E4M3), M, M, K, 1, 0, fast);
+        CUDA(cudaMemcpy(got, out, sizeof got, cudaMemcpyDeviceToHost));
+        for (long i = 0; i < M; i++) for (long j = 0; j < M; j++) {
+            double exact = 0;
+            for (long k = 0; k < K; k++)
+                exact += (double)fp8_decode(codes[0][i * K + k], E5M2) * fp8_decode(codes[1][j * K + k], E4M3);
+            square += exact * exact, errors += (got[i * M + j] - exact) * (got[i * M + j] - exact);
+        }
+        short_sums[fast] = sqrt(errors / square);
+        printf("FP8 sums of %d products with %s accumulation are off by %.2g (RMS); the bounds follow\n", K,
+               fast ? "fast" : "FP32", short_sums[fast]);
+        check(short_sums[fast] < 0x1p-6, "FP8 sums are off by %g: less than 10 bits are kept", short_sums[fast]);
+    }
+    CUDA(cudaFree(p[0]));
+    CUDA(cudaFree(p[1]));
+    CUDA(cudaFree(out));
+    CUDA(cudaFree(lt.workspace));
+    products_close();
+}
+// Relative error of a linear's sums. The normal numbers of the measured product have shorter tails than
+// gradients, and the largest error of 80,000 counts: 16 times its RMS.
+static double sum_error(const Model* m, int fast) {
+    return fmax(m->hidden->operand == E4M3 && gpu.native ? 16 * short_sums[fast] : 0, 1e-5);
+}
+#endif
+// By how much bounds grow that hold where sums are off by up to 2^-12: such errors flip roundings to FP8.
+static double slack_of_short_sums(void) {
+#ifdef US_CUDA
+    return fmax(1, short_sums[1] / 0x1p-12);
+#else
+    return 1;
+#endif
+}
+
 // FP32 is held to 1e-5 of each tensor's norm. In FP8 the sums' order decides some roundings, and one flipped
 // E4M3 or BF16 rounding moves everything behind it: so the reference was run many times with its FP32 sums in
 // random orders, and the file holds how far each tensor moved ("spread"). The bound is 4 times that, and at
 // least the FP32 bound. A GPU's attention rounds more than the reference (P and dS to BF16, y before its use
 // in backward), and FP8 makes a flip of one BF16 unit an eighth: there the reference's own FP32 gradients are
-// the measure, and FP8 on a GPU has to be nearer to the reference's FP8 than they are.
+// the measure, and FP8 on a GPU has to be nearer to the reference's FP8 than they are, where its sums are good.
 static void check_tensors(const Model* m, const float* data, const float* base, const Archive* a,
                           const char* prefix, const char* scheme_param, const char* spread,
                           const char* rough, const char* what) {
@@ -447,7 +511,8 @@ static void check_tensors(const Model* m, const float* data, const float* base, 
         if (*spread)
             bound = fmax(bound, 4.0 * *(const float*)state_entry(a, "%s%s", spread, t->name, "")->data);
         if (*rough)
-            bound = 0.9 * distance((const float*)state_entry(a, "%s%s", rough, t->name, "")->data, want, n);
+            bound = slack_of_short_sums() * 0.9 *
+                    distance((const float*)state_entry(a, "%s%s", rough, t->name, "")->data, want, n);
         if (!base) check_below(distance(got, want, n), bound, what, t->name);
         else {  // compare the update, not the much larger weight
             const float* before = (const float*)state_entry(a, "%s%s", scheme_param, t->name, "")->data;
@@ -503,8 +568,7 @@ static void test_oracle(void) {
                             const Entry* e = state_entry(&a, "%s.fp8.spread.logits%s%s", s, "", "");
                             bound = fmax(bound, 4.0 * *(const float*)e->data);
                         }
-                        if (rough)
-                            bound = fmax(bound, 0x1p-6);  // FP8 tensor cores keep about 14 bits of a sum
+                        if (rough) bound = fmax(bound, 0x1p-6 * slack_of_short_sums());
                         check_below(distance(logits, (const float*)want->data, m.rows * c.vocab), bound, s,
                                     "logits");
                         free(logits);
@@ -522,7 +586,8 @@ static void test_oracle(void) {
                         norm_bound = fmax(norm_bound, 4.0 * *(const float*)e->data);
                     }
                     if (rough)
-                        loss_bound = norm_bound = 0x1p-8;  // a BF16 unit; later norms depend on all before
+                        loss_bound = norm_bound = 0x1p-8 * slack_of_short_sums();  // a BF16 unit; later norms
+                                                                                   // depend on all before
                     check_below(fabs(loss / want_loss - 1), loss_bound, what, "loss");
                     if (!rough || step == 0)
                         check_below(fabs(norm / want_norm - 1), norm_bound, what, "gradient norm");
@@ -1634,17 +1699,6 @@ static void test_window(void) {
 static struct { int block, kind; long n; float* data; } seen[4096];
 static int seen_count, seen_at;
 static const char* seen_what;
-static int emulated(void) {
-    cudaDeviceProp card;
-    CUDA(cudaGetDeviceProperties(&card, 0));
-    return strcmp(card.name, "emulated GPU") == 0;
-}
-// Relative error of FP32 sums. FP8 tensor cores align the products of a sum to the largest and keep about 14
-// bits: with fast accumulation (the forward pass) for a whole sum, without it for 128 products at a time.
-static double sum_error(const Model* m, int fast) {
-    const int exact = emulated() && !getenv("EMU_FP8_SUMS");
-    return m->hidden->operand == E4M3 && gpu.native && !exact ? (fast ? 0x1p-8 : 0x1p-10) : 1e-5;
-}
 
 static void remember(Model* m, int block, int kind, long n) {
     if (seen_count == 4096) die("the tests have room for 4096 buffers");
@@ -1912,9 +1966,12 @@ static void test_not_finite(void) {
     free(before), GPU.close(&m), model_free(&m), forget(&tokens);
 }
 
-// A head whose logits exist for 24 rows at a time: what is before it is the same bits, its own gradient is
-// added up in another order.
+// A head whose logits exist for 24 rows at a time: the same bits but for its own gradient, which is added up in
+// another order. Where products of other shapes add in other orders (FP32 sums, 1e-6 apart), one logit in about
+// 2^12 lands on the next BF16 value, 2^-8 away: 2^-14 of the gradient (RMS). Rounded to E5M2, with steps of an
+// eighth, that flips one code in 2^11 by a step: 2^-9 of it; to be held to four times that.
 static void test_head_in_pieces(void) {
+    const int same_bits = emulated() && !getenv("EMU_SPLIT_K");
     Tokens tokens[2];
     Model m[2];
     double loss[2];
@@ -1931,12 +1988,13 @@ static void test_head_in_pieces(void) {
         GPU.close(&m[i]);
     }
     head_rows = 8192;
-    check(loss[0] == loss[1], "a head in pieces: loss %.9g, in one %.9g", loss[1], loss[0]);
-    const Tensor* head = tensor(&m[0], 0, HEAD);
-    check(memcmp(grads[0], grads[1], sizeof(float) * (size_t)head->offset) == 0,
-          "a head in pieces: gradients");
-    check_below(distance(grads[1] + head->offset, grads[0] + head->offset, head->rows * head->cols), 1e-5,
-                "a head in pieces:", "its gradient");
+    check_below(fabs(loss[1] / loss[0] - 1), same_bits ? 0 : 1e-5, "a head in pieces:", "loss");
+    for (int i = 0; i < m[0].num_tensors; i++) {
+        const Tensor* t = &m[0].tensors[i];
+        const double bound = !same_bits ? 0x1p-7 : t == tensor(&m[0], 0, HEAD) ? 1e-5 : 0;
+        check_below(distance(grads[1] + t->offset, grads[0] + t->offset, t->rows * t->cols), bound,
+                    "a head in pieces: gradient of", t->name);
+    }
     for (int i = 0; i < 2; i++) model_free(&m[i]), forget(&tokens[i]);
 }
 
@@ -1992,19 +2050,22 @@ static void test_gpu_limits(void) {
     check_fails("--input train_us.c --width 120 --heads 4", "it has to be a multiple of 16");
     check_fails("--input train_us.c --width 1040 --heads 1", "on a GPU a head has at most 512");
     if (!emulated()) return;
-    setenv("EMU_MEM_MIB", "64", 1);
+    setenv("EMU_OLD_DRIVER", "1", 1);
+    check_fails("--input train_us.c", "no GPU can be used (cudaErrorInsufficientDriver)");
+    unsetenv("EMU_OLD_DRIVER");
+    setenv("EMU_MEM_MIB", "319", 1);
     check_fails("--input train_us.c --batch 64", "the largest that fits is --batch ");
     const char *says = strstr(result.err, "--batch "), *again = says ? strstr(says + 8, "--batch ") : NULL;
     const int batch = says ? atoi(says + 8) : 0, recomputed = again ? atoi(again + 8) : 0;
     check(batch > 0 && recomputed > batch && recomputed < 64, "it fits %d, recomputed %d", batch, recomputed);
     const char* small = "--input README.md --layers 2 --steps 1 --eval-every 0 --tokens 1 --batch ";
-    setenv("EMU_MEM_MIB", "45", 1);
+    setenv("EMU_MEM_MIB", "300", 1);
     check_fails(form("%s64", small), "the largest that fits is --batch ");
     says = strstr(result.err, "--batch ");
     const int most = says ? atoi(says + 8) : 0;
     check(run_us(form("%s%d", small, most))->status == 0, "--batch %d: %s", most, result.err);
     check_fails(form("%s%d", small, most + 1), form("the largest that fits is --batch %d,", most));
-    setenv("EMU_MEM_MIB", "34", 1);
+    setenv("EMU_MEM_MIB", "289", 1);
     check_fails(form("%s1", small), "not even --batch 1 --recompute fits");
     unsetenv("EMU_MEM_MIB");
     setenv("EMU_SM", "75", 1);
@@ -2039,6 +2100,11 @@ int main(int argc, char** argv) {
     if (getenv("TEST_SAVE_SECONDS")) save_seconds = atof(getenv("TEST_SAVE_SECONDS"));
     if (argc > 1 && strcmp(argv[1], "--") == 0) return run(argc - 1, argv + 1, device);
     if (argc > 2 && strcmp(argv[1], "--cpu") == 0) return run(argc - 2, argv + 2, &CPU);
+#ifdef US_CUDA
+    cudaDeviceProp card;
+    if (open_card(&card, "./test_us tests the CPU's functions") >= 89 && (!emulated() || getenv("EMU_FP8_SUMS")))
+        measure_short_sums();
+#endif
     const char* tmp = getenv("TMPDIR");
     snprintf(work, sizeof work, "%s/us_test_XXXXXX", tmp ? tmp : "/tmp");
     if (!mkdtemp(work) || !realpath(argv[0], self)) die("cannot make %s or find %s", work, argv[0]);

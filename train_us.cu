@@ -57,6 +57,15 @@ static void lt_check(cublasStatus_t s, const char* what, const char* file, int l
     die("%s:%d: %s: cuBLAS status %d (is this toolkit's libcublasLt the one found?)", file, line, what, s);
 }
 #define CUDA(call) cuda_check(call, #call, __FILE__, __LINE__)
+// The first card, and its compute capability times ten. Where none can be used the driver's reason is printed:
+// commonest is one that is older than the toolkit.
+static int open_card(cudaDeviceProp* card, const char* instead) {
+    int n = 0;
+    const cudaError_t e = cudaGetDeviceCount(&n);
+    if (e != cudaSuccess || n == 0) die("no GPU can be used (%s); %s", cudaGetErrorString(e), instead);
+    CUDA(cudaGetDeviceProperties(card, 0));
+    return card->major * 10 + card->minor;
+}
 #define LT(call) lt_check(call, #call, __FILE__, __LINE__)
 
 // After every launch: did it start? With a profile, an event is left behind to take the time from.
@@ -80,7 +89,7 @@ template <class S> struct alignas(16) Pack {
     S v[16 / sizeof(S)];
 };
 
-static long padded(long N) { return div_up(N, 16) * 16; }
+static long padded(long N) { return div_up(N, 16) * 16; }  // as FP8 products want all their dimensions
 
 // Where a kernel's result goes, each copy only where its pointer is set: the value itself, its FP8 code, and
 // the codes transposed, which the matmul over the other dimension reads (FP8 tensor cores want K contiguous).
@@ -352,7 +361,7 @@ norm_forward_kernel(Dest<S> out, float* mean, float* rstd, S* sum, const S* x, c
 //   last (us)   dx = a dskip + dout is the stream's gradient, kept in `sum`; out = LN'(b dx), into the branch
 //   first (sp)  out = a dskip + LN'(dout), which is the stream's gradient and the next branch's too
 // dskip = NULL: no such term. partial: what this block's rows add to dgain and dbias, 16 rows in one.
-template <class S> static __global__ void __launch_bounds__(THREADS)
+template <class S> static __global__ void __launch_bounds__(THREADS, sizeof(S) == 2 ? 3 : 2)
 norm_backward_kernel(Dest<S> out, S* sum, float* partial, const S* dout, const S* dskip, const S* x,
                      const float* mean, const float* rstd, const float* gain, float a, float b, int last,
                      long N, long C) {                                          // partial (blocks, 4, 2, C)
@@ -699,10 +708,13 @@ attention_forward_mma(Dest<bf16> y, float* lse, const bf16* qkv, int T, long C, 
         if (j < last) {
             const long k0 = (j + 1) * ROWS, at = (j + 1) % 2 * SIZE;
             load_tile<D, ROWS>(K + at, k + k0 * stride, stride, T - k0);
-            load_tile<D, ROWS>(V + at, v + k0 * stride, stride, T - k0);
         }
         float s[ROWS / 8][4];
         times_transposed<D, ROWS>(s, rows, K + j % 2 * SIZE);
+        if (j < last) {  // only now: before the scores its addresses take more registers than there are
+            const long k0 = (j + 1) * ROWS, at = (j + 1) % 2 * SIZE;
+            load_tile<D, ROWS>(V + at, v + k0 * stride, stride, T - k0);
+        }
         if (j == last) hide<ROWS>(s, q0, j * ROWS, false);
         softmax_step<D, ROWS>(s, o, max, sum, scale);
         add_product<D, ROWS>(o, s, V + j % 2 * SIZE);
@@ -1406,7 +1418,7 @@ static double plan(const Model* m, int training, int carry_out) {
     }
     for (int k = 0; k < BUFFERS; k++) {
         const double width = (double)dim_of(&m->c, BUFFER_KINDS[k].width);
-        const double rows = k == A_LOGITS ? fmin(N, (double)head_rows) : N;
+        const double rows = k == A_LOGITS ? fmin(N, (double)head_rows) : gpu.is_fp8 ? Np : N;
         for (int l = 0; l < buffers_of(m, k) && (training || k < D_X || k == D_WIDE || k == D_BRANCH); l++)
             PLAN(gpu.act[k][l], ACTIVATIONS, rows * width * (width == 1 ? 4 : S));
     }
@@ -1416,9 +1428,9 @@ static double plan(const Model* m, int training, int carry_out) {
         for (int i = 0; i < LINEARS && gpu.is_fp8 && training; i++)
             PLAN(gpu.xt[i][l], ACTIVATIONS, widths[i] * C * Np);
     }
-    if (gpu.is_fp8) PLAN(gpu.x, WORK, 4 * C * N);
+    if (gpu.is_fp8) PLAN(gpu.x, WORK, 4 * C * Np);
     if (training) {
-        if (gpu.is_fp8) PLAN(gpu.dy, WORK, 4 * C * N);
+        if (gpu.is_fp8) PLAN(gpu.dy, WORK, 4 * C * Np);
         if (gpu.is_fp8) PLAN(gpu.dyt, WORK, 4 * C * Np);
         PLAN(gpu.delta, WORK, 4 * N * m->c.heads);
         PLAN(gpu.partial, WORK, 32 * C * (double)div_up(m->rows, TILE));
@@ -1427,7 +1439,7 @@ static double plan(const Model* m, int training, int carry_out) {
         PLAN(gpu.stat, WORK, sizeof(StatSums) * STAT_PARTS);
     }
     for (int i = 0; i < 2 && gpu.is_fp8 && !gpu.native; i++)
-        PLAN(lt.decoded[i], WORK, 2 * 4 * C * fmax(C, training ? Np : N));
+        PLAN(lt.decoded[i], WORK, 2 * 4 * C * fmax(C, Np));
     PLAN(gpu.batch, WORK, 4 * (double)ints_of_batch(m));
     PLAN(gpu.rates, WORK, sizeof(Rates));
     PLAN(gpu.result, WORK, sizeof(Result));
@@ -1444,6 +1456,14 @@ static double plan_for_batch(const Model* m, int batch, int recompute) {
     const double bytes = plan(&other, m->grads != NULL, 0);
     free(other.tensors);
     return bytes;
+}
+// Of the memory that is free. What CUDA takes later stays: cuBLASLt's kernels, loaded as they are first used,
+// and two graphs.
+static double usable_bytes(void) {
+    enum { RESERVE = 256 << 20 };
+    size_t free_bytes, total_bytes;
+    CUDA(cudaMemGetInfo(&free_bytes, &total_bytes));
+    return fmax(0, (double)free_bytes - RESERVE);
 }
 // The largest batch whose plan fits into so many bytes; 0: none.
 static int largest_batch(const Model* m, double bytes, int recompute) {
@@ -1516,7 +1536,8 @@ template <class S> static const void* weight_gpu(const Model* m, int l, int kind
                       : (void*)(gpu.params + offset);
 }
 
-// Y = alpha X W^T. value: X in the stream's format, which FP8 reads for statistics only.
+// Y = alpha X W^T. value: X in the stream's format, which FP8 reads for statistics only. Rows beyond N fill up
+// an FP8 product and whatever is in them ends in rows beyond N, which nobody reads.
 template <class S> static void linear_forward_gpu(Model* m, int l, int kind, S* y, const S* value, long N) {
     const Tensor* t = tensor(m, l, kind);
     const long I = t->cols, O = t->rows;
@@ -1524,13 +1545,14 @@ template <class S> static void linear_forward_gpu(Model* m, int l, int kind, S* 
     stat_gpu(m, stat_row(m, l, kind), t->name, 0, value, N * I, t->operand);
     stat_gpu(m, stat_row(m, l, kind), t->name, 1, param_gpu(m, l, kind), O * I, t->operand);
     launch_linear_forward(y, gpu.type, side(gpu.is_fp8 ? (void*)gpu.x : (void*)value, I, 1, type),
-                          side(weight_gpu<S>(m, l, kind), I, 1, type), N, I, O, t->alpha);
+                          side(weight_gpu<S>(m, l, kind), I, 1, type), gpu.is_fp8 ? padded(N) : N, I, O,
+                          t->alpha);
 }
 // dX = alpha dY W, dW += alpha dY^T X. dy and x: in the stream's format, where they are not FP8.
 template <class S>
 static void linear_backward_gpu(Model* m, int l, int kind, S* dx, const S* dy, const S* x, long N) {
     const Tensor* t = tensor(m, l, kind);
-    const long I = t->cols, O = t->rows, Np = padded(N);
+    const long I = t->cols, O = t->rows, Np = gpu.is_fp8 ? padded(N) : N;
     stat_gpu(m, stat_row(m, l, kind), t->name, 2, dy, N * O, m->hidden->gradient);
     Side dy_rows = side(dy, O, 1, gpu.type), dy_columns = side(dy, O, 0, gpu.type);
     Side w = side(weight_gpu<S>(m, l, kind), I, 0, gpu.type), x_columns = side(x, I, 0, gpu.type);
@@ -1543,8 +1565,8 @@ static void linear_backward_gpu(Model* m, int l, int kind, S* dx, const S* dy, c
             CUDA(cudaMemset2DAsync(gpu.dyt + N, (size_t)Np, 0, (size_t)(Np - N), (size_t)O, stream));
         }
     }
-    launch_linear_dx(dx, gpu.type, dy_rows, w, N, I, O, t->alpha);
-    launch_linear_dw(grad_gpu(m, l, kind), dy_columns, x_columns, gpu.is_fp8 ? Np : N, I, O, t->alpha);
+    launch_linear_dx(dx, gpu.type, dy_rows, w, Np, I, O, t->alpha);
+    launch_linear_dw(grad_gpu(m, l, kind), dy_columns, x_columns, Np, I, O, t->alpha);
 }
 
 template <class S> static void norm_forward_gpu(Model* m, int l, int branch, Dest<S> out, const S* x, S* sum,
@@ -1853,11 +1875,7 @@ static void upload(float* to, const float* from, long n) {
     if (to && from) CUDA(cudaMemcpy(to, from, sizeof(float) * (size_t)n, cudaMemcpyHostToDevice));
 }
 static void gpu_open(Model* m) {
-    int n = 0;
-    size_t free_bytes, total_bytes;
-    if (cudaGetDeviceCount(&n) != cudaSuccess || n == 0) die("no GPU is found; ./train_us runs on the CPU");
-    CUDA(cudaGetDeviceProperties(&gpu.card, 0));
-    const int sm = gpu.card.major * 10 + gpu.card.minor;
+    const int sm = open_card(&gpu.card, "./train_us runs on the CPU");
     if (sm < 80) die("%s has compute capability %d.%d; 8.0 is needed", gpu.card.name, sm / 10, sm % 10);
     if (m->c.width % 16) die("--width %d: on a GPU it has to be a multiple of 16", m->c.width);
     if (m->c.width / m->c.heads > ATTENTION_MAX_D)
@@ -1873,8 +1891,7 @@ static void gpu_open(Model* m) {
     LT(cublasLtCreate(&lt.handle));
     model_alloc_batch(m);
 
-    CUDA(cudaMemGetInfo(&free_bytes, &total_bytes));
-    const double usable = 0.98 * (double)free_bytes, wanted = plan(m, m->grads != NULL, 0);
+    const double usable = usable_bytes(), wanted = plan(m, m->grads != NULL, 0);
     if (wanted > usable) {
         const int kept_all = largest_batch(m, usable, 0), recomputed = largest_batch(m, usable, 1);
         if (recomputed == 0)

@@ -49,14 +49,12 @@ static Config config_of(const BenchModel* b, int mode, int vocab) {
 static int fit(Config* c, long step_tokens, int native) {
     Model m;
     float training;
-    size_t free_bytes, total;
-    CUDA(cudaMemGetInfo(&free_bytes, &total));
     model_layout(&m, c);
     gpu.is_fp8 = c->precision == IN_FP8, gpu.native = native, gpu.type = CUDA_R_16BF;
     m.grads = &training;  // the plan asks only whether there are any
-    int most = largest_batch(&m, 0.97 * (double)free_bytes, 0);
+    int most = largest_batch(&m, usable_bytes(), 0);
     c->recompute = most == 0;
-    if (!most) most = largest_batch(&m, 0.97 * (double)free_bytes, 1);
+    if (!most) most = largest_batch(&m, usable_bytes(), 1);
     free(m.tensors);
     memset(&gpu, 0, sizeof gpu);
     while (step_tokens % ((long)c->batch * 2 * c->seq) == 0 && c->batch * 2 <= most) c->batch *= 2;

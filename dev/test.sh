@@ -16,7 +16,9 @@ part() {
 part ./test_us
 part OMP_NUM_THREADS=1 ./test_us_emu
 part OMP_NUM_THREADS=1 EMU_SEED=1 ./test_us_emu step_by_step
-part OMP_NUM_THREADS=1 EMU_FP8_SUMS=1 ./test_us_emu oracle step_by_step
+part OMP_NUM_THREADS=1 EMU_FP8_SUMS=13,256 ./test_us_emu oracle step_by_step
+part OMP_NUM_THREADS=1 EMU_FP8_SUMS=12,0 ./test_us_emu oracle step_by_step
+part OMP_NUM_THREADS=1 EMU_SPLIT_K=1 ./test_us_emu oracle step_by_step head_in_pieces next validation
 if command -v nvidia-smi >/dev/null && nvidia-smi -L | grep -q GPU; then make test_us_cuda; part ./test_us_cuda
 else echo "no GPU here: the CUDA source was tested on the emulator only"; fi
 echo "total: $passed passed, $failed failed"

@@ -390,7 +390,7 @@ static void bench_shape(const Kernel* k, const char* shape, int only) {
 static void (*after)(int tiny);  // set by a file's main(): what it measures when its versions are done
 template <int count>
 static int lab(int argc, char** argv, const char* file, const Kernel (&kernels)[count]) {
-    int only = -1, check = emulated, tiny = 0, number_wrong = 1, gpus = 0;
+    int only = -1, check = emulated, tiny = 0, number_wrong = 1;
     program = file;
     for (int i = 1; i < argc; i++) {
         char* end;
@@ -410,11 +410,8 @@ static int lab(int argc, char** argv, const char* file, const Kernel (&kernels)[
     for (const Kernel& k : kernels)
         for (int j = 0; k.versions[j].run; j++) number_wrong &= only >= 0 && only != number(&k, j);
     if (number_wrong) die("there is no version %d; %s list names them", only, argv[0]);
-    if (cudaGetDeviceCount(&gpus) != cudaSuccess || gpus == 0)
-        die("no GPU is found; make -C dev/cuda check FILES=%s runs it on a CPU", file);
     cudaDeviceProp card;
-    CUDA(cudaGetDeviceProperties(&card, 0));
-    this_card.sm = card.major * 10 + card.minor;
+    this_card.sm = open_card(&card, form("make -C dev/cuda check FILES=%s runs it on a CPU", file));
     this_card.shared = (long)card.sharedMemPerBlockOptin;
     setvbuf(stdout, NULL, _IOLBF, 0);  // what is there stays there if someone stops this
     CUDA(cudaStreamCreate(&stream));  // one that the default stream waits for, and that waits for it

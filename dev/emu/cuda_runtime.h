@@ -44,7 +44,7 @@ extern dim3 blockDim, gridDim;
 constexpr int warpSize = 32;
 
 #define EMU_ERRORS(X) X(cudaSuccess, 0) X(cudaErrorInvalidValue, 1) X(cudaErrorMemoryAllocation, 2) \
-    X(cudaErrorInvalidConfiguration, 9) X(cudaErrorInvalidDevice, 101) \
+    X(cudaErrorInvalidConfiguration, 9) X(cudaErrorInsufficientDriver, 35) X(cudaErrorInvalidDevice, 101) \
     X(cudaErrorStreamCaptureUnsupported, 900) X(cudaErrorStreamCaptureInvalidated, 901) \
     X(cudaErrorStreamCaptureImplicit, 906)
 #define EMU_ENUM(NAME, CODE) NAME = CODE,
@@ -202,7 +202,7 @@ EMU_API(DeviceSynchronize(), return emu::synchronize("cudaDeviceSynchronize"))
 EMU_API(StreamSynchronize(cudaStream_t), return emu::synchronize("cudaStreamSynchronize"))
 EMU_API(EventSynchronize(cudaEvent_t), return emu::synchronize("cudaEventSynchronize"))
 EMU_API(SetDevice(int device), if (device) return cudaErrorInvalidDevice)
-EMU_API(GetDeviceCount(int *n), *n = 1)
+EMU_API(GetDeviceCount(int *n), *n = 1; if (getenv("EMU_OLD_DRIVER")) return cudaErrorInsufficientDriver)
 EMU_API(RuntimeGetVersion(int *v), *v = 13000)
 EMU_API(DriverGetVersion(int *v), *v = 13000)
 EMU_API(StreamCreateWithFlags(cudaStream_t *s, unsigned), *s = new CUstream_st())
