@@ -145,7 +145,7 @@ static void* alloc(double bytes) {
 }
 
 // A buffer of at least n floats that lives as long as its thread: work space without an allocation per call.
-enum { SCRATCH_B, SCRATCH_A, SCRATCH_P, SCRATCH_DP, SCRATCH_SUMS, SCRATCH_SLOTS };
+enum { SCRATCH_B, SCRATCH_A, SCRATCH_P, SCRATCH_DP, SCRATCH_SUMS, SCRATCH_TENSOR, SCRATCH_SLOTS };
 static float* scratch(int slot, long n) {
     static __thread struct { float* p; long n; } slots[SCRATCH_SLOTS];
     if (slots[slot].n < n) {
@@ -765,7 +765,8 @@ typedef struct {
     float a, b;                          // coefficients of the stream and of a branch
     double grad_scale;                   // S: gradients are S times the true ones
     float loss_scale;                    // 1; tests turn S off with it
-    float *params, *grads, *m, *v;       // (num_params) each; v with AdamW only
+    int training;                        // or else only to run forward
+    float *params, *grads, *m, *v;       // (num_params) each, on the host; v with AdamW only
     float* buffers[BUFFERS];             // (L,N,width) or (N,width)
     int *inputs, *targets;               // (B,T)
     long step, sequence;                 // optimizer steps taken, training sequences consumed
@@ -836,6 +837,7 @@ static void model_batch(Model* m, long batch) {
 
 static float* floats(double n) { return (float*)alloc(4.0 * n); }
 static void model_alloc_params(Model* m, int training) {
+    m->training = training;
     m->params = floats((double)m->num_params);
     if (training) m->grads = floats((double)m->num_params), m->m = floats((double)m->num_params);
     if (training && m->c.optimizer == ADAMW) m->v = floats((double)m->num_params);
@@ -857,15 +859,12 @@ static void model_free(Model* m) {
 }
 
 // us: N(0,1) for every matrix and both embeddings; gains 1, biases 0.
-static void model_init(Model* m) {
-    for (int i = 0; i < m->num_tensors; i++) {
-        const Tensor* t = &m->tensors[i];
-        float *w = m->params + t->offset, std = m->scheme->init_std;
-        if (t->kind->init == INIT_RESIDUAL) std *= powf(2.0f * (float)m->c.layers, m->scheme->residual_power);
-        if (t->kind->init <= INIT_RESIDUAL)
-            fill_normal(w, t->rows * t->cols, std, m->c.seed, stream_of(t->name));
-        else for (long k = 0; k < t->cols; k++) w[k] = t->kind->init == INIT_ONE ? 1.0f : 0.0f;
-    }
+static void tensor_init(float* w, const Model* m, const Tensor* t) {
+    float std = m->scheme->init_std;
+    if (t->kind->init == INIT_RESIDUAL) std *= powf(2.0f * (float)m->c.layers, m->scheme->residual_power);
+    if (t->kind->init <= INIT_RESIDUAL)
+        fill_normal(w, t->rows * t->cols, std, m->c.seed, stream_of(t->name));
+    else for (long k = 0; k < t->cols; k++) w[k] = t->kind->init == INIT_ONE ? 1.0f : 0.0f;
 }
 
 // ---- Unit-scale statistics -----------------------------------------------------------------------------
@@ -1375,12 +1374,11 @@ static void json_write(FILE* f, const char* before, const char* s) {
     for (; *s; s++) fprintf(f, strchr("\"\\", *s) ? "\\%c" : (uint8_t)*s < 32 ? "\\u%04x" : "%c", *s);
     fputc('"', f);
 }
-// To a temporary file, synced, then renamed: a crash or a full disk never costs the file that was there.
-// Returns 0, or errno where it cannot be written.
-static int archive_write(const Archive* a, const char* path) {
-    char *temporary = copied(form("%s.tmp", path)), *header = NULL, *slash;
+// Into a temporary file, synced, then renamed: a crash or a full disk never costs the file that was there.
+// The caller writes the tensors, in their order, between the two halves. Returns NULL where errno says why.
+static FILE* archive_begin(const Archive* a, const char* path) {
+    char* header = NULL;
     size_t length = 0;
-    int error = 0;
     FILE* h = open_memstream(&header, &length);
     fprintf(h, "{\"__metadata__\":");
     for (int i = 0; i < a->num_meta; i++) {
@@ -1397,23 +1395,31 @@ static int archive_write(const Archive* a, const char* path) {
     fprintf(h, "]}}");
     while ((ftell(h) + 8) % 64) fputc(' ', h);  // the data begins on a cache line
     fclose(h);
-    FILE* f = fopen(temporary, "wb");
-    if (!f) error = errno;
-    else {
-        for (int i = 0; i < 64; i += 8) fputc((int)((uint64_t)length >> i & 255), f);
-        fwrite(header, 1, length, f);
-        for (int i = 0; i < a->num_entries; i++)
-            fwrite(a->entries[i].data, 1, (size_t)(a->entries[i].end - a->entries[i].begin), f);
-        if (fflush(f) != 0 || ferror(f) || fsync(fileno(f)) != 0) error = errno ? errno : EIO;
-        if (fclose(f) != 0 && !error) error = errno;
-        if (!error && rename(temporary, path) != 0) error = errno;
-        if (error) unlink(temporary);
-    }
+    FILE* f = fopen(form("%s.tmp", path), "wb");
+    for (int i = 0; f && i < 64; i += 8) fputc((int)((uint64_t)length >> i & 255), f);
+    if (f) fwrite(header, 1, length, f);
+    free(header);
+    return f;
+}
+// Returns 0, or errno where the file cannot be written.
+static int archive_end(FILE* f, const char* path) {
+    char *temporary = copied(form("%s.tmp", path)), *slash;
+    int error = f ? 0 : errno;
+    if (f && (fflush(f) != 0 || ferror(f) || fsync(fileno(f)) != 0)) error = errno ? errno : EIO;
+    if (f && fclose(f) != 0 && !error) error = errno;
+    if (!error && rename(temporary, path) != 0) error = errno;
+    if (f && error) unlink(temporary);
     if ((slash = strrchr(temporary, '/'))) *slash = 0;
     int dir = open(slash ? temporary : ".", O_RDONLY);  // the new name itself is kept in the directory
     if (dir >= 0) fsync(dir), close(dir);
-    free(header), free(temporary);
+    free(temporary);
     return error;
+}
+static int archive_write(const Archive* a, const char* path) {
+    FILE* f = archive_begin(a, path);
+    for (int i = 0; f && i < a->num_entries; i++)
+        fwrite(a->entries[i].data, 1, (size_t)(a->entries[i].end - a->entries[i].begin), f);
+    return archive_end(f, path);
 }
 
 // A reader for the JSON that such a header may hold, and no more. It trusts nothing.
@@ -1809,6 +1815,87 @@ static void config_defaults(Config* c) {
     if (c->decay < 0) c->decay = decays[c->scheme];
 }
 
+// ---- Device --------------------------------------------------------------------------------------------
+// A device does the arithmetic of a run. This file has one; train_us.cu has another, which keeps the model to
+// itself: its tensors come and go one at a time.
+typedef enum { PARAMS, FIRST_MOMENT, SECOND_MOMENT } Lasting;  // what a checkpoint has of each tensor
+typedef struct { double loss, norm; const Tensor* bad; } StepResult;  // bad: its gradient is not finite
+typedef struct {
+    const char* name;
+    int on_host;                                              // the model is in the host's memory
+    void (*open)(Model* m);                                   // takes memory; the moments are 0
+    void (*close)(Model* m);                                  // gives back what open took
+    void (*describe)(const Model* m);                         // a line for the header: what it is
+    StepResult (*step)(Model* m, const Split* s, double lr);  // an optimizer step; none if not all is finite
+    double (*loss)(Model* m);                                 // of m->inputs and m->targets
+    double (*trace)(Model* m);                                // the same; every buffer, and grads, filled in
+    StepResult (*update)(Model* m, double lr);                // a step with the gradients of the last trace
+    const float* (*next)(Model* m, long t0, long T);          // logits at T-1; rows before t0 are known
+    void (*fetch)(Model* m);                                  // all arrays that the host has are brought up
+    const float* (*get)(Model* m, Lasting what, const Tensor* t);              // valid until the next get
+    void (*put)(Model* m, Lasting what, const Tensor* t, const void* values);  // floats, however aligned
+    const char* (*utilisation)(const Model* m, double rate);  // of the device, at so many tokens/s: " | ..."
+} Device;
+
+// The loss so far is in r; the step is not taken if something is not finite.
+static StepResult cpu_finish(Model* m, StepResult r, double lr) {
+    r.norm = gradient_norm(m, &r.bad);
+    if (isfinite(r.loss) && !r.bad) model_update(m, lr), m->step++;
+    return r;
+}
+static StepResult cpu_step(Model* m, const Split* train, double lr) {
+    StepResult r = {0, 0, NULL};
+    const long sequence = m->sequence, step = m->step;
+    memset(m->grads, 0, sizeof(float) * (size_t)m->num_params);
+    for (int i = 0; i < m->c.accum; i++) {
+        next_batch(m, train);
+        r.loss += model_loss(m, 1) / m->c.accum;
+        model_backward(m);
+        m->stats_on = 0;  // statistics are of the first batch
+    }
+    r = cpu_finish(m, r, lr);
+    if (m->step == step) m->sequence = sequence;
+    return r;
+}
+static StepResult cpu_update(Model* m, double lr) {
+    StepResult r = {0, 0, NULL};
+    return cpu_finish(m, r, lr);
+}
+static double cpu_loss(Model* m) { return model_loss(m, 0); }
+static double cpu_trace(Model* m) {
+    memset(m->grads, 0, sizeof(float) * (size_t)m->num_params);
+    double loss = model_loss(m, 1);
+    model_backward(m);
+    model_logits(m, 0, m->rows);  // again, as their gradient took their place
+    return loss;
+}
+static const float* cpu_next(Model* m, long t0, long T) {
+    model_forward(m, 1, m->c.recompute ? 0 : t0, T);  // with one block's buffers nothing earlier is known
+    model_logits(m, T - 1, 1);
+    return buffer(m, 0, A_LOGITS, T - 1);
+}
+static void cpu_nothing(Model* m) { (void)m; }
+static const float* cpu_get(Model* m, Lasting what, const Tensor* t) {
+    return (what == PARAMS ? m->params : what == FIRST_MOMENT ? m->m : m->v) + t->offset;
+}
+static void cpu_put(Model* m, Lasting what, const Tensor* t, const void* values) {
+    memcpy((float*)cpu_get(m, what, t), values, sizeof(float) * (size_t)(t->rows * t->cols));
+}
+static void cpu_describe(const Model* m) { (void)m; }
+static const char* cpu_utilisation(const Model* m, double rate) { return (void)m, (void)rate, ""; }
+__attribute__((unused)) static const Device CPU = {
+    "CPU", 1, model_alloc_buffers, cpu_nothing, cpu_describe, cpu_step, cpu_loss, cpu_trace, cpu_update,
+    cpu_next, cpu_nothing, cpu_get, cpu_put, cpu_utilisation};
+
+// A model as it begins, once the device is open.
+static void model_init(Model* m, const Device* device) {
+    for (const Tensor* t = m->tensors; t < m->tensors + m->num_tensors; t++) {
+        float* w = scratch(SCRATCH_TENSOR, t->rows * t->cols);
+        tensor_init(w, m, t);
+        device->put(m, PARAMS, t, w);
+    }
+}
+
 // ---- Checkpoints ---------------------------------------------------------------------------------------
 static void archive_config(Archive* a, const Model* m) {
     const char* const keys[] = {"vocab", "step", "sequence", "grad_scale"};
@@ -1821,25 +1908,35 @@ static void archive_config(Archive* a, const Model* m) {
     archive_meta(a, "val_data", form("%016llx", (unsigned long long)m->c.val_data));
 }
 static void archive_tensors(Archive* a, const Model* m, const char* prefix, const float* data) {
-    for (int i = 0; data && i < m->num_tensors; i++) {
+    for (int i = 0; i < m->num_tensors; i++) {
         const Tensor* t = &m->tensors[i];
         int vector = t->kind->rows == DIM_1;
         long d0 = vector ? t->cols : t->rows, d1 = vector ? 0 : t->cols;
-        archive_add(a, form("%s%s", prefix, t->name), "F32", data + t->offset, d0, d1, 0);
+        archive_add(a, form("%s%s", prefix, t->name), "F32", data ? data + t->offset : NULL, d0, d1, 0);
     }
 }
 static const char* checkpoint_path(const char* dir, long step) {
     return form("%s/ckpt_%08ld.safetensors", dir, step);
 }
+static int lasting(const Model* m) { return !m->training ? 1 : m->c.optimizer == ADAMW ? 3 : 2; }
+static const char* prefix_of(const Model* m, int what) {
+    static const char* const prefixes[2][3] = {{"", "lion.m.", ""}, {"", "adam.m.", "adam.v."}};
+    return prefixes[m->c.optimizer == ADAMW][what];
+}
 // Returns 0, or errno where it cannot be written.
-static int checkpoint_save(const Model* m) {
+static int checkpoint_save(Model* m, const Device* device) {
+    const char* path = copied(checkpoint_path(m->c.out, m->step));
     Archive a;
     archive_config(&a, m);
-    archive_tensors(&a, m, "", m->params);
-    archive_tensors(&a, m, m->v ? "adam.m." : "lion.m.", m->m);
-    archive_tensors(&a, m, "adam.v.", m->v);
-    const int error = archive_write(&a, checkpoint_path(m->c.out, m->step));
-    archive_free(&a);
+    for (int what = PARAMS; what < lasting(m); what++) archive_tensors(&a, m, prefix_of(m, what), NULL);
+    FILE* f = archive_begin(&a, path);
+    for (int i = 0; f && i < a.num_entries; i++) {
+        const Tensor* t = &m->tensors[i % m->num_tensors];
+        const float* values = device->get(m, (Lasting)(i / m->num_tensors), t);
+        fwrite(values, sizeof(float), (size_t)(t->rows * t->cols), f);
+    }
+    const int error = archive_end(f, path);
+    archive_free(&a), free((char*)path);
     return error;
 }
 
@@ -1861,20 +1958,17 @@ static void checkpoint_check(const Archive* a, long step) {
             if (!isfinite(x)) die("%s holds values that are not finite, in %s", a->path, a->entries[i].name);
         }
 }
-static int checkpoint_fill(const Model* m, const Archive* a, const char* prefix, float* data) {
-    for (int i = 0; data && i < m->num_tensors; i++) {
-        const Tensor* t = &m->tensors[i];
-        const void* from = archive_find(a, form("%s%s", prefix, t->name), t->rows, t->cols);
-        memcpy(data + t->offset, from, sizeof(float) * (size_t)(t->rows * t->cols));
-    }
-    return data ? m->num_tensors : 0;
+static void checkpoint_fill(Model* m, const Device* device, Lasting what, const Archive* a,
+                            const char* prefix) {
+    for (const Tensor* t = m->tensors; t < m->tensors + m->num_tensors; t++)
+        device->put(m, what, t, archive_find(a, form("%s%s", prefix, t->name), t->rows, t->cols));
 }
-// Fills what m has memory for: all that the file holds, or to generate text only the parameters.
-static void checkpoint_load(Model* m, const Archive* a) {
-    int unknown = a->num_entries - checkpoint_fill(m, a, "", m->params);
-    unknown -= checkpoint_fill(m, a, m->v ? "adam.m." : "lion.m.", m->m);
-    unknown -= checkpoint_fill(m, a, "adam.v.", m->v);
-    if (m->m && unknown) die("%s holds %d tensors that are not known", a->path, unknown);
+// All that the file holds, or to generate text only the parameters.
+static void checkpoint_load(Model* m, const Device* device, const Archive* a) {
+    const int unknown = a->num_entries - lasting(m) * m->num_tensors;
+    for (int what = PARAMS; what < lasting(m); what++)
+        checkpoint_fill(m, device, (Lasting)what, a, prefix_of(m, what));
+    if (m->training && unknown) die("%s holds %d tensors that are not known", a->path, unknown);
     m->step = checkpoint_number(a, "step", 1e15);
     m->sequence = checkpoint_number(a, "sequence", 1e15);
 }
@@ -1917,68 +2011,6 @@ static void checkpoints_trim(const Config* c, long first, long step) {
         if (!every(c->save_every, s) && ++kept > c->keep) unlink(checkpoint_path(c->out, s));
 }
 
-// ---- Device --------------------------------------------------------------------------------------------
-// A device does the arithmetic of a run. This file has one; train_us.cu has another.
-typedef struct { double loss, norm; const Tensor* bad; } StepResult;  // bad: its gradient is not finite
-typedef struct {
-    const char* name;
-    int on_host;                                              // activations are in the host's memory
-    void (*open)(Model* m);                                   // once, when the parameters are set
-    void (*close)(Model* m);                                  // gives back what open took
-    void (*describe)(const Model* m);                         // a line for the header: what it is
-    StepResult (*step)(Model* m, const Split* s, double lr);  // an optimizer step; none if not all is finite
-    double (*loss)(Model* m);                                 // of m->inputs and m->targets
-    double (*trace)(Model* m);                                // the same; every buffer, and grads, filled in
-    StepResult (*update)(Model* m, double lr);                // a step with the gradients of the last trace
-    const float* (*next)(Model* m, long t0, long T);          // logits at T-1; rows before t0 are known
-    void (*fetch)(Model* m);                                  // parameters and moments to the host
-    const char* (*utilisation)(const Model* m, double rate);  // of the device, at so many tokens/s: " | ..."
-} Device;
-
-// The loss so far is in r; the step is not taken if something is not finite.
-static StepResult cpu_finish(Model* m, StepResult r, double lr) {
-    r.norm = gradient_norm(m, &r.bad);
-    if (isfinite(r.loss) && !r.bad) model_update(m, lr), m->step++;
-    return r;
-}
-static StepResult cpu_step(Model* m, const Split* train, double lr) {
-    StepResult r = {0, 0, NULL};
-    const long sequence = m->sequence, step = m->step;
-    memset(m->grads, 0, sizeof(float) * (size_t)m->num_params);
-    for (int i = 0; i < m->c.accum; i++) {
-        next_batch(m, train);
-        r.loss += model_loss(m, 1) / m->c.accum;
-        model_backward(m);
-        m->stats_on = 0;  // statistics are of the first batch
-    }
-    r = cpu_finish(m, r, lr);
-    if (m->step == step) m->sequence = sequence;
-    return r;
-}
-static StepResult cpu_update(Model* m, double lr) {
-    StepResult r = {0, 0, NULL};
-    return cpu_finish(m, r, lr);
-}
-static double cpu_loss(Model* m) { return model_loss(m, 0); }
-static double cpu_trace(Model* m) {
-    memset(m->grads, 0, sizeof(float) * (size_t)m->num_params);
-    double loss = model_loss(m, 1);
-    model_backward(m);
-    model_logits(m, 0, m->rows);  // again, as their gradient took their place
-    return loss;
-}
-static const float* cpu_next(Model* m, long t0, long T) {
-    model_forward(m, 1, m->c.recompute ? 0 : t0, T);  // with one block's buffers nothing earlier is known
-    model_logits(m, T - 1, 1);
-    return buffer(m, 0, A_LOGITS, T - 1);
-}
-static void cpu_nothing(Model* m) { (void)m; }
-static void cpu_describe(const Model* m) { (void)m; }
-static const char* cpu_utilisation(const Model* m, double rate) { return (void)m, (void)rate, ""; }
-__attribute__((unused)) static const Device CPU = {
-    "CPU", 1, model_alloc_buffers, cpu_nothing, cpu_describe, cpu_step, cpu_loss, cpu_trace, cpu_update,
-    cpu_next, cpu_nothing, cpu_utilisation};
-
 // ---- Memory --------------------------------------------------------------------------------------------
 static double file_number(const char* path, const char* key) {  // infinite where there is none ("max")
     char line[256];
@@ -2011,16 +2043,21 @@ static double memory_available(void) {
     if (own.rlim_cur == RLIM_INFINITY) return least;
     return fmin(least, (double)own.rlim_cur - 4096 * file_number("/proc/self/statm", ""));
 }
-// Says how much memory a model takes before any is taken, and ends the program if that much is not there.
-static void check_memory(const Model* m, const Device* device, int training) {
-    const double params = 4.0 * (double)m->num_params * (!training ? 1 : m->c.optimizer == ADAMW ? 4 : 3);
-    double kept = 0, available = memory_available();
-    for (int k = 0; k < BUFFERS && device->on_host; k++) kept += 4 * buffer_size(m, k);
-    if (training) printf("memory: %.0f MB parameters, gradients and optimizer state, %s\n", params * 1e-6,
-                         device->on_host ? form("%.0f MB activations", kept * 1e-6) : "on the host");
-    if (!(params + kept <= available))
+// Says how much of the host's memory a model takes before any is taken, and ends the program where that is not
+// there. on_host: all of it, with one tensor apart while it is made; or else that one alone.
+static void check_memory(const Model* m, int on_host) {
+    const double available = memory_available();
+    double params = 4.0 * (double)m->num_params * (lasting(m) + m->training), kept = 0, one = 0;
+    for (int i = 0; i < m->num_tensors; i++)
+        one = fmax(one, 4.0 * (double)m->tensors[i].rows * (double)m->tensors[i].cols);
+    for (int k = 0; k < BUFFERS; k++) kept += 4 * buffer_size(m, k);
+    if (m->training && on_host)
+        printf("memory: %.0f MB parameters, gradients and optimizer state, %.0f MB activations\n",
+               params * 1e-6, kept * 1e-6);
+    if (!on_host) params = kept = 0;
+    if (!(params + kept + one <= available))
         die("%.1f GB of memory wanted, %.1f are available: lower --batch, --seq, --width or --layers",
-            (params + kept) * 1e-9, available * 1e-9);
+            (params + kept + one) * 1e-9, available * 1e-9);
 }
 
 // Writes the first step, every tensor of it, for a look from Python (dev/reference.py checks it).
@@ -2028,6 +2065,7 @@ static void dump(Model* m, const Device* device, const Split* train) {
     Archive a;
     const long B = m->c.batch, T = m->c.seq, V = m->c.vocab;
     next_batch(m, train);
+    device->fetch(m);
     float loss = (float)device->trace(m), *logits = floats((double)(m->rows * V));
     for (long n = 0; n < m->rows; n++)
         memcpy(logits + n * V, buffer(m, 0, A_LOGITS, n), sizeof(float) * (size_t)V);
@@ -2225,7 +2263,7 @@ static int save(void) {
     Model* m = current.m;
     saving = 1;
     current.device->fetch(m);
-    const int error = checkpoint_save(m);
+    const int error = checkpoint_save(m, current.device);
     if (error) fprintf(stderr, "%s: cannot write %s: %s (what was written before is untouched)\n", program,
                        shown(checkpoint_path(m->c.out, m->step)), strerror(error));
     else current.saved = m->step, checkpoints_trim(&m->c, current.first, m->step);
@@ -2429,11 +2467,13 @@ __attribute__((unused)) static int run(int argc, char** argv, const Device* devi
     if (*c.dump || *c.generate) c.recompute = 0;  // both want every block's buffers
     model_layout(&m, &c);
     if (!*c.generate) print_header(&m, device, &training, &validation);
-    check_memory(&m, device, !*c.generate);
-    model_alloc_params(&m, !*c.generate);
-    if (loaded) checkpoint_load(&m, &checkpoint);
-    else model_init(&m);
+    const int on_host = device->on_host || *c.dump;  // a dump wants every array
+    m.training = !*c.generate;
+    check_memory(&m, on_host);
+    if (on_host) model_alloc_params(&m, m.training);
     device->open(&m);
+    if (loaded) checkpoint_load(&m, device, &checkpoint);
+    else model_init(&m, device);
     if (*c.generate) generate(&m, device, &text, c.tokens);
     else {
         device->describe(&m);

@@ -57,8 +57,8 @@ static void lt_check(cublasStatus_t s, const char* what, const char* file, int l
     die("%s:%d: %s: cuBLAS status %d (is this toolkit's libcublasLt the one found?)", file, line, what, s);
 }
 #define CUDA(call) cuda_check(call, #call, __FILE__, __LINE__)
-// The first card, and its compute capability times ten. Where none can be used the driver's reason is printed:
-// commonest is one that is older than the toolkit.
+// The first card, and its compute capability times ten. Where none can be used the driver's reason is printed,
+// most often that it is older than the toolkit.
 static int open_card(cudaDeviceProp* card, const char* instead) {
     int n = 0;
     const cudaError_t e = cudaGetDeviceCount(&n);
@@ -1400,7 +1400,8 @@ static void plan_one(void** at, int part, double bytes) {
     allocations[num_allocations++] = *at;
 }
 #define PLAN(pointer, part, bytes) plan_one(carry_out ? (void**)&(pointer) : NULL, part, (double)(bytes))
-static double plan(const Model* m, int training, int carry_out) {
+static double plan(const Model* m, int carry_out) {
+    const int training = m->training;
     const double C = m->c.width, N = (double)m->rows, S = (double)bytes_of(gpu.type),
                  P = (double)m->num_params;
     const double hidden = (double)tensor(m, 0, WTE)->offset, Np = (double)padded(m->rows);
@@ -1453,7 +1454,8 @@ static double plan_for_batch(const Model* m, int batch, int recompute) {
     Model other;
     c.batch = batch, c.recompute = recompute;
     model_layout(&other, &c);
-    const double bytes = plan(&other, m->grads != NULL, 0);
+    other.training = m->training;
+    const double bytes = plan(&other, 0);
     free(other.tensors);
     return bytes;
 }
@@ -1518,7 +1520,7 @@ template <class S> static Dest<S> value_only(S* value, long W, long N) {
 }
 template <class S> static Dest<S> input_of(const Model* m, int l, int kind, S* value, int always, long N) {
     Dest<S> d = value_only(always || !gpu.is_fp8 || gpu.full ? value : (S*)NULL, tensor(m, l, kind)->cols, N);
-    if (gpu.is_fp8) d.q = gpu.x, d.qt = m->grads ? gpu.xt[kind][slot(m, l)] : NULL;
+    if (gpu.is_fp8) d.q = gpu.x, d.qt = m->training ? gpu.xt[kind][slot(m, l)] : NULL;
     return d;
 }
 template <class S> static Dest<S> gradient_of(S* value, int always, long W, long N) {
@@ -1536,8 +1538,8 @@ template <class S> static const void* weight_gpu(const Model* m, int l, int kind
                       : (void*)(gpu.params + offset);
 }
 
-// Y = alpha X W^T. value: X in the stream's format, which FP8 reads for statistics only. Rows beyond N fill up
-// an FP8 product and whatever is in them ends in rows beyond N, which nobody reads.
+// Y = alpha X W^T. value: X in the stream's format, which FP8 reads for statistics only. Rows beyond N fill an
+// FP8 product up; whatever is in them ends in rows beyond N, which nobody reads.
 template <class S> static void linear_forward_gpu(Model* m, int l, int kind, S* y, const S* value, long N) {
     const Tensor* t = tensor(m, l, kind);
     const long I = t->cols, O = t->rows;
@@ -1760,27 +1762,24 @@ template <class S> static void micro_gpu(Model* m) {  // one batch, from tokens 
     head_gpu<S>(m, m->rows, 1);
     backward_gpu<S>(m, m->c.batch, m->c.seq);
 }
-// All tensors take their step, or only have their copies made.
-template <class S> static void update_gpu(const Model* m, int copies_only) {
-    for (int i = 0; i < m->num_tensors; i++) {
-        const Tensor* t = &m->tensors[i];
-        const int head = t == tensor(m, 0, HEAD), hidden = t->kind->hidden;
-        Dest<S> copy = {NULL, NULL, NULL, t->cols, t->rows, E4M3};
-        if (hidden && gpu.w16) copy.out = (S*)gpu.w16 + t->offset;
-        if (hidden && gpu.is_fp8) copy.q = gpu.w + t->offset, copy.qt = gpu.wt ? gpu.wt + t->offset : NULL;
-        if (head) copy.out = (S*)gpu.head;
-        if (copies_only && !copy.out && !copy.q) continue;
-        const long o = t->offset;
-        launch_update<S>(copy, gpu.params + o, copies_only ? NULL : gpu.m + o,
-                         copies_only || !gpu.v ? NULL : gpu.v + o, copies_only ? NULL : gpu.grads + o,
-                         gpu.rates, gpu.result, copies_only ? -1.0f : t->lr_factor, t->kind->decays, t->rows,
-                         t->cols);
-    }
+// A tensor takes its step, or only has its copies made.
+template <class S> static void update_tensor_gpu(const Model* m, const Tensor* t, int copies_only) {
+    const int head = t->kind == &TENSORS[HEAD], hidden = t->kind->hidden;
+    const long o = t->offset;
+    Dest<S> copy = {NULL, NULL, NULL, t->cols, t->rows, E4M3};
+    if (hidden && gpu.w16) copy.out = (S*)gpu.w16 + o;
+    if (hidden && gpu.is_fp8) copy.q = gpu.w + o, copy.qt = gpu.wt ? gpu.wt + o : NULL;
+    if (head) copy.out = (S*)gpu.head;
+    if (!copies_only)
+        launch_update<S>(copy, gpu.params + o, gpu.m + o, gpu.v ? gpu.v + o : NULL, gpu.grads + o, gpu.rates,
+                         gpu.result, t->lr_factor, t->kind->decays, t->rows, t->cols);
+    else if (copy.out || copy.q)
+        launch_update<S>(copy, gpu.params + o, NULL, NULL, NULL, NULL, NULL, -1.0f, 0, t->rows, t->cols);
 }
 template <class S>
 static void finish_gpu(Model* m) {  // norm, is all finite, update, and the result to the host
     launch_gradient_norm(gpu.result, gpu.sums, gpu.grads, gpu.chunks, gpu.num_chunks);
-    update_gpu<S>(m, 0);
+    for (int i = 0; i < m->num_tensors; i++) update_tensor_gpu<S>(m, &m->tensors[i], 0);
     CUDA(cudaMemcpyAsync(gpu.host_result, gpu.result, sizeof(Result), cudaMemcpyDeviceToHost, stream));
 }
 
@@ -1871,9 +1870,6 @@ static double flops_per_token(const Model* m) {
     return 6 * weights + 6.0 * m->c.layers * m->c.width * m->c.seq;
 }
 
-static void upload(float* to, const float* from, long n) {
-    if (to && from) CUDA(cudaMemcpy(to, from, sizeof(float) * (size_t)n, cudaMemcpyHostToDevice));
-}
 static void gpu_open(Model* m) {
     const int sm = open_card(&gpu.card, "./train_us runs on the CPU");
     if (sm < 80) die("%s has compute capability %d.%d; 8.0 is needed", gpu.card.name, sm / 10, sm % 10);
@@ -1891,7 +1887,7 @@ static void gpu_open(Model* m) {
     LT(cublasLtCreate(&lt.handle));
     model_alloc_batch(m);
 
-    const double usable = usable_bytes(), wanted = plan(m, m->grads != NULL, 0);
+    const double usable = usable_bytes(), wanted = plan(m, 0);
     if (wanted > usable) {
         const int kept_all = largest_batch(m, usable, 0), recomputed = largest_batch(m, usable, 1);
         if (recomputed == 0)
@@ -1902,21 +1898,18 @@ static void gpu_open(Model* m) {
     }
     CUDA(cudaMalloc(&lt.workspace, WORKSPACE));
     // Worth measuring where a step is: in a tiny one launches count, not FLOP.
-    if (m->grads && flops_per_token(m) * (double)m->rows > 1e12 && usable > 1e9)
+    if (m->training && flops_per_token(m) * (double)m->rows > 1e12 && usable > 1e9)
         gpu.ceiling = measure_product(CUDA_R_16BF, 8192);
     CUDA(cudaFree(lt.workspace));
-    plan(m, m->grads != NULL, 1);
-    upload(gpu.params, m->params, m->num_params);
-    upload(gpu.m, m->m, m->num_params);
-    upload(gpu.v, m->v, m->num_params);
-    CUDA(cudaDeviceSynchronize());  // copies from the host are on another stream
-    is_fp32(m) ? update_gpu<float>(m, 1) : update_gpu<bf16>(m, 1);
+    plan(m, 1);
+    if (gpu.m) CUDA(cudaMemsetAsync(gpu.m, 0, sizeof(float) * (size_t)m->num_params, stream));
+    if (gpu.v) CUDA(cudaMemsetAsync(gpu.v, 0, sizeof(float) * (size_t)m->num_params, stream));
     for (int i = 0; i < 2; i++)
         CUDA(cudaMallocHost(&gpu.staged[i], sizeof(int) * (size_t)(ints_of_batch(m) * m->c.accum)));
     CUDA(cudaMallocHost(&gpu.host_stat, sizeof(StatSums) * STAT_PARTS));
     CUDA(cudaMallocHost(&gpu.host_result, sizeof(Result)));
     CUDA(cudaMallocHost(&gpu.host_rates, sizeof(Rates)));
-    if (m->grads) {
+    if (m->training) {
         Chunk* chunks = chunks_of(m, &gpu.num_chunks);
         CUDA(cudaMemcpy(gpu.chunks, chunks, sizeof(Chunk) * (size_t)gpu.num_chunks, cudaMemcpyHostToDevice));
         free(chunks);
@@ -1937,7 +1930,7 @@ static void gpu_close(Model* m) {
 static void gpu_describe(const Model* m) {
     static const char* const parts[] = {"weights", "optimizer", "gradients", "activations", "work space"};
     double total = 0;
-    plan(m, m->grads != NULL, 0);
+    plan(m, 0);
     printf("GPU memory:");
     for (int i = 0; i <= WORK; total += gpu.bytes[i++]) printf(" %.0f MB %s,", gpu.bytes[i] * 1e-6, parts[i]);
     printf(" %.0f MB in all\n%s, compute capability %d.%d, %.0f GB", total * 1e-6, gpu.card.name,
@@ -1970,6 +1963,7 @@ static double gpu_trace(Model* m) {
     gpu.tracing = gpu.full = 1;
     const double loss = run_batch(m, 1);
     gpu.tracing = gpu.full = 0;
+    if (!m->grads) m->grads = floats((double)m->num_params);
     CUDA(cudaMemcpy(m->grads, gpu.grads, sizeof(float) * (size_t)m->num_params, cudaMemcpyDeviceToHost));
     return loss;
 }
@@ -2005,12 +1999,27 @@ static void gpu_fetch(Model* m) {
         if (to[i])
             CUDA(cudaMemcpy(to[i], from[i], sizeof(float) * (size_t)m->num_params, cudaMemcpyDeviceToHost));
 }
+static float* gpu_lasting(Lasting what, const Tensor* t) {
+    return (what == PARAMS ? gpu.params : what == FIRST_MOMENT ? gpu.m : gpu.v) + t->offset;
+}
+static const float* gpu_get(Model* m, Lasting what, const Tensor* t) {
+    float* to = scratch(SCRATCH_TENSOR, t->rows * t->cols);
+    (void)m;
+    fetch_floats(to, gpu_lasting(what, t), t->rows * t->cols);
+    return to;
+}
+static void gpu_put(Model* m, Lasting what, const Tensor* t, const void* values) {
+    CUDA(cudaMemcpyAsync(gpu_lasting(what, t), values, sizeof(float) * (size_t)(t->rows * t->cols),
+                         cudaMemcpyHostToDevice, stream));
+    if (what == PARAMS) is_fp32(m) ? update_tensor_gpu<float>(m, t, 1) : update_tensor_gpu<bf16>(m, t, 1);
+    CUDA(cudaStreamSynchronize(stream));  // values may change from here on
+}
 static const char* gpu_utilisation(const Model* m, double rate) {
     return gpu.ceiling > 0 ? form(" | %.0f %% of BF16", 100 * rate * flops_per_token(m) / gpu.ceiling) : "";
 }
 __attribute__((unused)) static const Device GPU = {
     "GPU", 0, gpu_open, gpu_close, gpu_describe, gpu_step, gpu_loss, gpu_trace, gpu_update, gpu_next,
-    gpu_fetch, gpu_utilisation};
+    gpu_fetch, gpu_get, gpu_put, gpu_utilisation};
 
 #endif  // US_KERNELS_ONLY
 

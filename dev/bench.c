@@ -19,7 +19,7 @@ static void model_open(Model* m, const Config* c) {
     model_layout(m, c);
     model_alloc_params(m, 1);
     model_alloc_buffers(m);
-    model_init(m);
+    model_init(m, &CPU);
     for (long i = 0; i < m->rows; i++) {
         m->inputs[i] = (int)(random_u64(1, 1, (uint64_t)i) % (uint64_t)c->vocab);
         m->targets[i] = (int)(random_u64(1, 2, (uint64_t)i) % (uint64_t)c->vocab);

@@ -48,10 +48,9 @@ static Config config_of(const BenchModel* b, int mode, int vocab) {
 // Sets batch and accum, or recompute too if it has to be; 0: not even that fits.
 static int fit(Config* c, long step_tokens, int native) {
     Model m;
-    float training;
     model_layout(&m, c);
     gpu.is_fp8 = c->precision == IN_FP8, gpu.native = native, gpu.type = CUDA_R_16BF;
-    m.grads = &training;  // the plan asks only whether there are any
+    m.training = 1;
     int most = largest_batch(&m, usable_bytes(), 0);
     c->recompute = most == 0;
     if (!most) most = largest_batch(&m, usable_bytes(), 1);
@@ -69,6 +68,7 @@ static double measure(Model* m, const BenchModel* b, const Split* split, double 
     double best = 1e30, loss = 0;
     size_t left, total;
     gpu_open(m);
+    model_init(m, &GPU);
     for (int step = 0; step < 5; step++) {  // launches, capture, a whole step, and two to time
         m->c.accum = step < 2 ? 1 : accum;
         if (step == 2) gpu.staged_at = -1;  // what is staged is one batch
@@ -133,30 +133,23 @@ int main(int argc, char** argv) {
     for (int i = 0; i < num_models; i++) {
         const BenchModel* b = &models[i];
         double rate = 0, total[3] = {0, 0, 0};
-        Model host;
         num_kernels = 0;
         memset(kernels, 0, sizeof kernels);
         printf("\n### %s: L%d H%d C%d T%d\n\n| precision | batch x accum | tokens/s | ms a step | "
                "of the BF16 ceiling | memory | |\n|---|---|---|---|---|---|---|\n",
                b->name, b->layers, b->heads, b->width, b->seq);
-        Config c = config_of(b, IN_BF16, vocab);
-        model_layout(&host, &c);
-        model_alloc_params(&host, 1);
-        model_init(&host);
         for (int mode = IN_BF16; mode <= IN_FP8; mode++) {
             Model m;
-            c = config_of(b, mode, vocab);
+            Config c = config_of(b, mode, vocab);
             if (!fit(&c, step_tokens, native)) {
                 printf("| %s | does not fit | | | | | |\n", MODES[mode]);
                 continue;
             }
             model_layout(&m, &c);
-            m.params = host.params, m.grads = host.grads, m.m = host.m, m.v = host.v;
+            m.training = 1;
             rate = measure(&m, b, &split, bf16_rate, mode == IN_FP8 ? rate : 0);
-            m.params = m.grads = m.m = m.v = NULL;
             model_free(&m);
         }
-        model_free(&host);
         printf("\nms of one batch and one update, by kernel (launched one by one, so gaps count):\n\n"
                "| kernel | bf16 | fp8 |\n|---|---|---|\n");
         for (int k = 0; k < num_kernels; k++) {

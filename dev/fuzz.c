@@ -87,7 +87,7 @@ static void read_safetensors(void) {
     model_layout(&model, &c);
     if (model.num_params > 1 << 14) return;  // no such model is in a file of this size
     model_alloc_params(&model, c.steps & 1);
-    checkpoint_load(&model, &archive);
+    checkpoint_load(&model, &CPU, &archive);
 }
 
 static void read_shards(void) {
@@ -210,8 +210,8 @@ int LLVMFuzzerInitialize(int* argc, char*** argv) {
         config_defaults(&c);
         model_layout(&model, &c);
         model_alloc_params(&model, 1);
-        model_init(&model);
-        checkpoint_save(&model);
+        model_init(&model, &CPU);
+        checkpoint_save(&model, &CPU);
         write_seed(form("%s/python", dir), python, sizeof python - 1);
         write_seed(form("%s/empty", dir), "\2\0\0\0\0\0\0\0{}", 10);
     } else {

@@ -137,9 +137,9 @@ static const Version DWS[] = {{"BF16", dw1, ""},
                               {"FP8, sums in FP32", dw3, "", 89},
                               {}};
 static const Kernel KERNELS[] = {
-    {"linear forward", "N I O", open_forward, FORWARDS, {{70, 48, 80}, {17, 160, 32}, {1, 16, 16}},
+    {"linear forward", "N I O", open_forward, FORWARDS, {{80, 48, 80}, {32, 160, 32}, {16, 16, 16}},
      {{16384, 768, 3072}, {16384, 3072, 768}, {8192, 1600, 6400}}, 0, expect_forward},
-    {"linear dX", "N I O", open_dx, DXS, {{70, 48, 80}, {17, 32, 160}, {1, 16, 16}},
+    {"linear dX", "N I O", open_dx, DXS, {{80, 48, 80}, {32, 32, 160}, {16, 16, 16}},
      {{16384, 768, 3072}, {16384, 3072, 768}, {8192, 1600, 6400}}, 0, expect_dx},
     {"linear dW", "N I O", open_dw, DWS, {{70, 48, 80}, {161, 32, 16}, {1, 16, 16}},
      {{16384, 768, 3072}, {16384, 3072, 768}, {8192, 1600, 6400}}, 0, expect_dw},
