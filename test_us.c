@@ -436,8 +436,8 @@ static int emulated(void) {
     return strcmp(card.name, "emulated GPU") == 0;
 }
 // FP8 tensor cores align the products of a sum to the largest and keep about 14 bits: with fast accumulation
-// (the forward pass) of a whole sum, without it of some products at a time, then FP32 goes on. How many products
-// and bits differs from card to card and nobody says: so one product is measured against exact sums.
+// (the forward pass) of a whole sum, without it of some products at a time, then FP32 goes on. How many of
+// both differs from card to card and nobody says: so one product is measured against exact sums.
 static double short_sums[2];  // RMS of their errors over that of the sums; without and with `fast`
 static void measure_short_sums(void) {
     enum { M = 64, K = 1280 };  // K: the longest sum in test_step_by_step
@@ -1972,8 +1972,8 @@ static void test_not_finite(void) {
 
 // A head whose logits exist for 24 rows at a time: the same bits but for its own gradient, which is added up
 // in another order. Where products of other shapes add in other orders (FP32 sums, 1e-6 apart), one logit in
-// about 2^12 lands on the next BF16 value, 2^-8 away: 2^-14 of the gradient (RMS). Rounded to E5M2, in steps of
-// an eighth, that flips one code in 2^11 by a step: 2^-9 of it; to be held to four times that.
+// about 2^12 lands on the next BF16 value, 2^-8 away: 2^-14 of the gradient (RMS). Rounded to E5M2, in steps
+// of an eighth, that flips one code in 2^11 by a step: 2^-9 of it; to be held to four times that.
 static void test_head_in_pieces(void) {
     const int same_bits = emulated() && !getenv("EMU_SPLIT_K");
     Tokens tokens[2];

@@ -2043,7 +2043,7 @@ static double memory_available(void) {
     if (own.rlim_cur == RLIM_INFINITY) return least;
     return fmin(least, (double)own.rlim_cur - 4096 * file_number("/proc/self/statm", ""));
 }
-// Says how much of the host's memory a model takes before any is taken, and ends the program where that is not
+// Says how much of the host's memory a model takes before any is taken, and ends the program if that is not
 // there. on_host: all of it, with one tensor apart while it is made; or else that one alone.
 static void check_memory(const Model* m, int on_host) {
     const double available = memory_available();

@@ -57,8 +57,8 @@ static void lt_check(cublasStatus_t s, const char* what, const char* file, int l
     die("%s:%d: %s: cuBLAS status %d (is this toolkit's libcublasLt the one found?)", file, line, what, s);
 }
 #define CUDA(call) cuda_check(call, #call, __FILE__, __LINE__)
-// The first card, and its compute capability times ten. Where none can be used the driver's reason is printed,
-// most often that it is older than the toolkit.
+// The first card, and its compute capability times ten. Where none can be used the driver's reason is
+// printed, most often that it is older than the toolkit.
 static int open_card(cudaDeviceProp* card, const char* instead) {
     int n = 0;
     const cudaError_t e = cudaGetDeviceCount(&n);
@@ -1538,8 +1538,8 @@ template <class S> static const void* weight_gpu(const Model* m, int l, int kind
                       : (void*)(gpu.params + offset);
 }
 
-// Y = alpha X W^T. value: X in the stream's format, which FP8 reads for statistics only. Rows beyond N fill an
-// FP8 product up; whatever is in them ends in rows beyond N, which nobody reads.
+// Y = alpha X W^T. value: X in the stream's format, which FP8 reads for statistics only. Rows beyond N fill up
+// an FP8 product; whatever is in them ends in rows beyond N, which nobody reads.
 template <class S> static void linear_forward_gpu(Model* m, int l, int kind, S* y, const S* value, long N) {
     const Tensor* t = tensor(m, l, kind);
     const long I = t->cols, O = t->rows;
@@ -1763,7 +1763,7 @@ template <class S> static void micro_gpu(Model* m) {  // one batch, from tokens 
     backward_gpu<S>(m, m->c.batch, m->c.seq);
 }
 // A tensor takes its step, or only has its copies made.
-template <class S> static void update_tensor_gpu(const Model* m, const Tensor* t, int copies_only) {
+template <class S> static void update_tensor_gpu(const Tensor* t, int copies_only) {
     const int head = t->kind == &TENSORS[HEAD], hidden = t->kind->hidden;
     const long o = t->offset;
     Dest<S> copy = {NULL, NULL, NULL, t->cols, t->rows, E4M3};
@@ -1779,7 +1779,7 @@ template <class S> static void update_tensor_gpu(const Model* m, const Tensor* t
 template <class S>
 static void finish_gpu(Model* m) {  // norm, is all finite, update, and the result to the host
     launch_gradient_norm(gpu.result, gpu.sums, gpu.grads, gpu.chunks, gpu.num_chunks);
-    for (int i = 0; i < m->num_tensors; i++) update_tensor_gpu<S>(m, &m->tensors[i], 0);
+    for (int i = 0; i < m->num_tensors; i++) update_tensor_gpu<S>(&m->tensors[i], 0);
     CUDA(cudaMemcpyAsync(gpu.host_result, gpu.result, sizeof(Result), cudaMemcpyDeviceToHost, stream));
 }
 
@@ -2011,7 +2011,7 @@ static const float* gpu_get(Model* m, Lasting what, const Tensor* t) {
 static void gpu_put(Model* m, Lasting what, const Tensor* t, const void* values) {
     CUDA(cudaMemcpyAsync(gpu_lasting(what, t), values, sizeof(float) * (size_t)(t->rows * t->cols),
                          cudaMemcpyHostToDevice, stream));
-    if (what == PARAMS) is_fp32(m) ? update_tensor_gpu<float>(m, t, 1) : update_tensor_gpu<bf16>(m, t, 1);
+    if (what == PARAMS) is_fp32(m) ? update_tensor_gpu<float>(t, 1) : update_tensor_gpu<bf16>(t, 1);
     CUDA(cudaStreamSynchronize(stream));  // values may change from here on
 }
 static const char* gpu_utilisation(const Model* m, double rate) {
