@@ -1,6 +1,6 @@
 # make              the CPU trainer                  make test     all tests, of what this machine has
 # make train        train on this project's sources  make bench    speed on the CPU, and where the time goes
-# make train_us_cuda    the GPU trainer (needs the CUDA Toolkit); make gpu: its tests and its speed, on a GPU
+# make train_us_cuda    the GPU trainer (needs the CUDA Toolkit); make gpu: all there is to try and time on a GPU
 # make train_us_emu     the GPU trainer on a CPU (dev/emu); make -C dev/cuda check: its kernels, version by version
 # make CC=clang   another compiler; make OMP= builds without OpenMP
 CC ?= gcc
@@ -63,8 +63,18 @@ test_us_cuda: test_us.c $(GPU)
 bench_gpu: dev/bench_gpu.cu dev/cuda/bench.h $(GPU)
 	$(CUDA) dev/bench_gpu.cu -o $@ -lcublasLt
 
+# The names of cuBLASLt's tiles and stages are in its header only.
+LT_HEADER = $(dir $(NVCC))../include/cublasLt.h
+probe_gpu: dev/probe_gpu.cu $(GPU)
+	@mkdir -p out
+	sed -n 's/.*_TILE_\([0-9]*x[0-9]*\) *= *\([0-9]*\),.*/{\2, "\1"},/p' $(LT_HEADER) >out/tiles.h
+	sed -n 's/.*_STAGES_\([0-9]*x[0-9A-Z]*\) *= *\([0-9]*\),.*/{\2, "\1"},/p' $(LT_HEADER) >out/stages.h
+	$(CUDA) dev/probe_gpu.cu -o $@ -lcublasLt
+
 gpu:
 	dev/gpu.sh
+gpu_probe gpu_test gpu_bench:
+	dev/gpu.sh $(@:gpu_%=%)
 
 # ---- The same source on a CPU: sed makes C++ of it, dev/emu has what the CUDA Toolkit has.
 EMU   := $(wildcard dev/emu/*.cpp dev/emu/*.h) .flags_emu
@@ -90,6 +100,10 @@ out/bench_gpu_emu: out/dev/bench_gpu.cpp out/dev/cuda/bench.h out/train_us.cpp o
 	$(CPP) -O1 '-DUS_SOURCE="out/train_us.cpp"' $< out/emu.o -o $@
 bench_gpu_emu: out/bench_gpu_emu
 	OMP_NUM_THREADS=1 out/bench_gpu_emu tiny
+out/probe_gpu_emu: out/dev/probe_gpu.cpp out/train_us.cpp out/emu.o train_us.c $(EMU)
+	$(CPP) -O1 '-DUS_SOURCE="out/train_us.cpp"' $< out/emu.o -o $@
+probe_gpu_emu: out/probe_gpu_emu
+	out/probe_gpu_emu
 
 # Builds in which a mistake shows: out-of-bounds accesses and undefined behaviour; races between threads. Only what
 # comes from CUDA is compiled for the race checker, which takes the place of the thread sanitizer's library.
@@ -168,8 +182,8 @@ fuzz: fuzz_us
 
 clean:
 	rm -rf train_us fuzz_us train_us_emu train_us_cuda test_us test_us_sanitized test_us_emu test_us_emu_asan \
-	  test_us_emu_race test_us_cuda test_us_plain bench_us bench_gpu out .flags .flags_cuda .flags_emu \
+	  test_us_emu_race test_us_cuda test_us_plain bench_us bench_gpu probe_gpu out .flags .flags_cuda .flags_emu \
 	  $(basename $(wildcard dev/cuda/*.cu))
 
-.PHONY: all test test_emu train bench mutants fuzz sanitize sanitize_emu gpu bench_gpu_emu clean FORCE
+.PHONY: all test test_emu train bench mutants fuzz sanitize sanitize_emu gpu gpu_probe gpu_test gpu_bench bench_gpu_emu probe_gpu_emu clean FORCE
 .SECONDARY:

@@ -2083,19 +2083,24 @@ static void test_gpu_limits(void) {
 
 // -----------------------------------------------------------------------------------------------------------
 
-// Of the device in use, and of what only the CPU's functions have.
-#define TEST(name) {#name, test_##name, 0}
-#define CPU_TEST(name) {#name, test_##name, 1}
-static const struct { const char* name; void (*test)(void); int cpu_only; } TESTS[] = {
+// The groups of tests, which can be named like one: of the device's arithmetic, of functions that only the
+// CPU has, of the program, which is run many times.
+enum { ARITHMETIC, CPU_ONLY, PROGRAM };
+static const char* const GROUPS[] = {"arithmetic", "cpu", "program"};
+#define TEST(name) {#name, test_##name, ARITHMETIC}
+#define CPU_TEST(name) {#name, test_##name, CPU_ONLY}
+#define RUN_TEST(name) {#name, test_##name, PROGRAM}
+static const struct { const char* name; void (*test)(void); int group; } TESTS[] = {
     CPU_TEST(formats), CPU_TEST(random), CPU_TEST(exp), CPU_TEST(matmul), CPU_TEST(activations),
     TEST(large_logits), CPU_TEST(gradients), CPU_TEST(table), CPU_TEST(data), CPU_TEST(text),
     CPU_TEST(printing), CPU_TEST(archive), TEST(oracle),
-    CPU_TEST(model_gradient), CPU_TEST(accumulation), CPU_TEST(generate), CPU_TEST(window), TEST(held_out),
-    CPU_TEST(dump), TEST(unit_scale), CPU_TEST(attention_variance), TEST(training), TEST(command_line),
-    TEST(bad_files), TEST(checkpoints), TEST(nothing_lost), TEST(validation),
+    CPU_TEST(model_gradient), CPU_TEST(accumulation), CPU_TEST(generate), CPU_TEST(window),
+    RUN_TEST(held_out), CPU_TEST(dump), TEST(unit_scale), CPU_TEST(attention_variance), RUN_TEST(training),
+    RUN_TEST(command_line), RUN_TEST(bad_files), RUN_TEST(checkpoints), RUN_TEST(nothing_lost),
+    TEST(validation),
 #ifdef US_CUDA
     TEST(step_by_step), TEST(overlay), TEST(same_bits), TEST(next), TEST(head_in_pieces), TEST(not_finite),
-    TEST(changing_devices), TEST(gpu_limits),
+    RUN_TEST(changing_devices), RUN_TEST(gpu_limits),
 #endif
 };
 
@@ -2116,8 +2121,9 @@ int main(int argc, char** argv) {
         const int stop = argc > 1 && strcmp(argv[1], "-x") == 0, before_passed = passed,
                   before_failed = failed;
         int wanted = argc < 2 + stop;
-        for (int k = 1 + stop; k < argc; k++) wanted |= strstr(TESTS[i].name, argv[k]) != NULL;
-        if (!wanted || (stop && failed) || (TESTS[i].cpu_only && device != &CPU)) continue;
+        for (int k = 1 + stop; k < argc; k++)
+            wanted |= strstr(TESTS[i].name, argv[k]) || strcmp(GROUPS[TESTS[i].group], argv[k]) == 0;
+        if (!wanted || (stop && failed) || (TESTS[i].group == CPU_ONLY && device != &CPU)) continue;
         double start = seconds();
         TESTS[i].test();
         printf("%-20s %4d passed, %d failed  %5.1f s\n", TESTS[i].name, passed - before_passed,

@@ -1198,8 +1198,8 @@ static cublasLtMatrixLayout_t layout(int type, long contiguous, long other, long
     LT(cublasLtMatrixLayoutCreate(&l, (cudaDataType_t)type, (uint64_t)contiguous, (uint64_t)other, ld));
     return l;
 }
-// How cuBLASLt would compute p: its first `most` proposals, best guess first; how many there are.
-static int proposals(const Product* p, cublasLtMatmulHeuristicResult_t* found, int most) {
+// How cuBLASLt would compute p: its first `most` proposals, best guess first, and how many there are.
+static cublasStatus_t proposals(const Product* p, cublasLtMatmulHeuristicResult_t* found, int most, int* n) {
     const Shape* s = &p->shape;
     const size_t workspace = WORKSPACE;
     const uint32_t align = (uint32_t)s->align;
@@ -1215,23 +1215,14 @@ static int proposals(const Product* p, cublasLtMatmulHeuristicResult_t* found, i
                                             sizeof reduce));
     for (int i = 0; i < 4; i++)
         LT(cublasLtMatmulPreferenceSetAttribute(preference, aligned[i], &align, sizeof align));
-    int n = 0;
-    cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(lt.handle, p->operation, p->b, p->a, p->out,
-                                                           p->out, preference, most, found, &n);
-    if (status != CUBLAS_STATUS_SUCCESS || n == 0 || found->state != CUBLAS_STATUS_SUCCESS)
-        die("cuBLASLt cannot multiply (%ld,%ld) %s by (%ld,%ld) %s into %s (status %d); try --precision bf16",
-            s->M, s->K, type_name(s->type_a), s->K, s->N, type_name(s->type_b), type_name(s->type),
-            (int)status);
+    *n = 0;
+    const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(lt.handle, p->operation, p->b, p->a, p->out,
+                                                                 p->out, preference, most, found, n);
     LT(cublasLtMatmulPreferenceDestroy(preference));
-    return n;
+    return status != CUBLAS_STATUS_SUCCESS ? status : *n ? found->state : CUBLAS_STATUS_NOT_SUPPORTED;
 }
 // cuBLASLt is column-major: what is row-major here is its transpose there, so a and b change places.
-static Product* product_of(const Shape* s) {
-    for (int i = 0; i < lt.count; i++)
-        if (memcmp(&lt.products[i].shape, s, sizeof *s) == 0) return &lt.products[i];
-    lt.products = (Product*)realloc(lt.products, sizeof(Product) * (size_t)(lt.count + 1));
-    if (!lt.products) die("out of memory");
-    Product* p = &lt.products[lt.count++];
+static void product_open(Product* p, const Shape* s) {
     p->shape = *s;
     const cublasOperation_t op_b = s->k_b ? CUBLAS_OP_T : CUBLAS_OP_N,
                             op_a = s->k_a ? CUBLAS_OP_N : CUBLAS_OP_T;
@@ -1243,11 +1234,32 @@ static Product* product_of(const Shape* s) {
     p->b = s->k_b ? layout(s->type_b, s->K, s->N, s->ld_b) : layout(s->type_b, s->N, s->K, s->ld_b);
     p->a = s->k_a ? layout(s->type_a, s->K, s->M, s->ld_a) : layout(s->type_a, s->M, s->K, s->ld_a);
     p->out = layout(s->type, s->N, s->M, s->ld);
+}
+static void product_close(const Product* p) {
+    const cublasLtMatrixLayout_t layouts[] = {p->a, p->b, p->out};
+    for (int k = 0; k < 3; k++) LT(cublasLtMatrixLayoutDestroy(layouts[k]));
+    LT(cublasLtMatmulDescDestroy(p->operation));
+}
+// Each shape is asked for once.
+static const Product* product_of(const Shape* s) {
     cublasLtMatmulHeuristicResult_t first;
-    proposals(p, &first, 1);
+    int n;
+    for (int i = 0; i < lt.count; i++)
+        if (memcmp(&lt.products[i].shape, s, sizeof *s) == 0) return &lt.products[i];
+    lt.products = (Product*)realloc(lt.products, sizeof(Product) * (size_t)(lt.count + 1));
+    if (!lt.products) die("out of memory");
+    Product* p = &lt.products[lt.count++];
+    product_open(p, s);
+    const cublasStatus_t status = proposals(p, &first, 1, &n);
+    if (status != CUBLAS_STATUS_SUCCESS)
+        die("cuBLASLt cannot multiply (%ld,%ld) %s by (%ld,%ld) %s into %s (status %d); try --precision bf16",
+            s->M, s->K, type_name(s->type_a), s->K, s->N, type_name(s->type_b), type_name(s->type),
+            (int)status);
     p->algo = first.algo;
     return p;
 }
+// Set: shown every product that gemm() is asked for, which is not done.
+static void (*instead)(const char* name, const Shape* s);
 
 // FP32 out with add = 1 accumulates. fast: FP8 sums of about 14 bits, for outputs that are rounded to BF16.
 static void gemm(const char* name, void* out, cudaDataType_t type, long ld, Side a, Side b, long M, long N,
@@ -1270,6 +1282,7 @@ static void gemm(const char* name, void* out, cudaDataType_t type, long ld, Side
     s.k_a = a.k_contiguous, s.k_b = b.k_contiguous, s.type_a = a.type, s.type_b = b.type, s.type = type;
     s.fast = fast && bytes_of(a.type) == 1;
     s.align = (int)(bits & -bits);
+    if (instead) { instead(name, &s); return; }
     const Product* p = product_of(&s);
     lt.last = (int)(p - lt.products);
     const float beta = (float)add;
@@ -1328,11 +1341,7 @@ static double measure_product(cudaDataType_t type, long n) {
     return best;
 }
 static void products_close(void) {
-    for (int i = 0; i < lt.count; i++) {
-        const cublasLtMatrixLayout_t layouts[] = {lt.products[i].a, lt.products[i].b, lt.products[i].out};
-        for (int k = 0; k < 3; k++) LT(cublasLtMatrixLayoutDestroy(layouts[k]));
-        LT(cublasLtMatmulDescDestroy(lt.products[i].operation));
-    }
+    for (int i = 0; i < lt.count; i++) product_close(&lt.products[i]);
     free(lt.products);
     LT(cublasLtDestroy(lt.handle));
     memset(&lt, 0, sizeof lt);
@@ -1538,8 +1547,8 @@ template <class S> static const void* weight_gpu(const Model* m, int l, int kind
                       : (void*)(gpu.params + offset);
 }
 
-// Y = alpha X W^T. value: X in the stream's format, which FP8 reads for statistics only. Rows beyond N fill up
-// an FP8 product; whatever is in them ends in rows beyond N, which nobody reads.
+// Y = alpha X W^T. value: X in the stream's format, which FP8 reads for statistics only. Rows beyond N fill
+// up an FP8 product; whatever is in them ends in rows beyond N, which nobody reads.
 template <class S> static void linear_forward_gpu(Model* m, int l, int kind, S* y, const S* value, long N) {
     const Tensor* t = tensor(m, l, kind);
     const long I = t->cols, O = t->rows;
@@ -1666,8 +1675,17 @@ template <class S> static void logits_gpu(Model* m, long row, long n) {
          side(act<S>(m, 0, A_LNF) + row * C, C, 1, gpu.type), side(weight_gpu<S>(m, 0, HEAD), C, 1, gpu.type),
          n, m->vp, C, tensor(m, 0, HEAD)->alpha, 0, 0);
 }
-// Losses of all rows; with want_gradient dW_head too, and in D_BRANCH the gradient at the head's input. The
-// logits exist for head_rows rows at a time.
+// From the gradient at the logits: dW_head, and in D_BRANCH the gradient at the head's input.
+template <class S> static void logits_backward_gpu(Model* m, long row, long n) {
+    const long C = m->c.width;
+    S *logits = act<S>(m, 0, A_LOGITS), *lnf = act<S>(m, 0, A_LNF);
+    gemm("head dX", act<S>(m, 0, D_BRANCH) + row * C, gpu.type, C, side(logits, m->vp, 1, gpu.type),
+         side(weight_gpu<S>(m, 0, HEAD), C, 0, gpu.type), n, C, m->vp, 1.0f, 0, 0);
+    gemm("head dW", grad_gpu(m, 0, HEAD), CUDA_R_32F, C, side(logits, m->vp, 0, gpu.type),
+         side(lnf + row * C, C, 0, gpu.type), m->vp, C, n, 1.0f, 1, 0);
+}
+// Losses of all rows; with want_gradient backward through the head too. The logits exist for head_rows rows
+// at a time.
 template <class S> static void head_gpu(Model* m, long N, int want_gradient) {
     const long C = m->c.width, V = m->c.vocab;
     const Format f = m->head->operand;
@@ -1686,10 +1704,7 @@ template <class S> static void head_gpu(Model* m, long N, int want_gradient) {
         if (watch)
             trace_buffer(m, 0, A_LOGITS, logits, row, n * m->vp);  // a dump wants the logits themselves
         if (row == 0) stat_gpu(m, row_of_stats, "head", 2, logits, n * m->vp, f);
-        gemm("head dX", act<S>(m, 0, D_BRANCH) + row * C, gpu.type, C, side(logits, m->vp, 1, gpu.type),
-             side(weight_gpu<S>(m, 0, HEAD), C, 0, gpu.type), n, C, m->vp, 1.0f, 0, 0);
-        gemm("head dW", grad_gpu(m, 0, HEAD), CUDA_R_32F, C, side(logits, m->vp, 0, gpu.type),
-             side(lnf + row * C, C, 0, gpu.type), m->vp, C, n, 1.0f, 1, 0);
+        logits_backward_gpu<S>(m, row, n);
     }
     if (want_gradient) trace_buffer(m, 0, D_BRANCH, act<S>(m, 0, D_BRANCH), 0, N * C);
     add_loss_kernel<<<1, THREADS, 0, stream>>>(gpu.result, losses, N);

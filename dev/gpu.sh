@@ -1,53 +1,75 @@
 #!/usr/bin/env bash
-# `make gpu`: everything a visit to a GPU is for, in under eight minutes. Builds for this card, runs all tests on it,
-# trains on GPU and CPU side by side, measures; writes dev/results/CARD-DATE.md as it goes (and a copy to the folder
-# OUT, if that is set), to be committed as it is.
-set -u -o pipefail
+# `make gpu`: everything a visit to a GPU is for, in under nine minutes; `make gpu_probe`, `gpu_test` and `gpu_bench`
+# are its parts. Builds for this card, asks cuBLASLt for every product, runs all tests, trains on GPU and CPU side by
+# side, measures. The report is dev/results/CARD-DATE.md (and in the folder OUT, if that is set), to be committed.
+set -u
 cd "$(dirname "$0")/.." || exit 1
-if ! command -v nvidia-smi >/dev/null || ! card=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1); then
-    echo "make gpu: no GPU is found here (nvidia-smi); make test_us_emu && ./test_us_emu tests the same source on a CPU"
-    exit 1
-fi
-command -v nvcc >/dev/null || PATH=$PATH:/usr/local/cuda/bin
-command -v nvcc >/dev/null || { echo "make gpu: nvcc is not on PATH (the CUDA Toolkit puts it into its bin/)"; exit 1; }
-start=$SECONDS failed=0
-to=dev/results/$(echo "$card" | tr -cs 'A-Za-z0-9\n' '-')-$(date -u +%Y-%m-%d).md
-make -j4 train_us test_us_cuda train_us_cuda bench_gpu out/self.txt || exit 1
-mkdir -p dev/results out
-trap '[ -z "${OUT:-}" ] || cp "$to" "$OUT/"' EXIT
-exec 3>"$to"
-cat >&3 <<END
-# $card, $(date -u +%Y-%m-%d)
+# shellcheck source=dev/report.sh
+source dev/report.sh
+part=${1:-all}
+case $part in
+all) begin=("make gpu" "") ;;
+probe | test | bench) begin=("make gpu_$part" "-$part") ;;
+*) echo "$0: probe, test, bench, or nothing for all" && exit 1 ;;
+esac
+need_gpu "make test_us_emu && ./test_us_emu tests the same source on a CPU"
+begin "us.c" "${begin[@]}" 520
 
-Written by \`make gpu\`: commit $(git rev-parse --short HEAD 2>/dev/null || echo unknown), driver $(nvidia-smi \
---query-gpu=driver_version --format=csv,noheader | head -n 1), $(nvcc --version | sed -n 's/.*release \([0-9.]*\).*/CUDA \1/p').
-
-## Tests
-
-END
-echo "tests on the GPU"
-echo '```' >&3
-timeout 200 ./test_us_cuda 2>&1 | tee /dev/stderr | grep -E 'FAILED|passed' >&3 || failed=1
-[ "${PIPESTATUS[0]}" -eq 0 ] || { failed=1; echo "tests failed, or took longer than 200 s" >&3; }
-echo '```' >&3
-
-echo "GPU and CPU side by side"
-flags="--input out/self.txt --steps 200 --eval-every 100 --tokens 1"
-rm -rf out/on_gpu out/on_cpu
-# shellcheck disable=SC2086
-./train_us_cuda $flags --out out/on_gpu || failed=1
-# shellcheck disable=SC2086
-./train_us $flags --out out/on_cpu || failed=1
-printf '\n## One run on both (`%s`)\n\n| step | loss, GPU | loss, CPU | apart |\n|---|---|---|---|\n' "$flags" >&3
-paste -d, out/on_gpu/log.csv out/on_cpu/log.csv | awk -F, '
-    NR > 1 { apart = 100 * ($2 / $9 - 1); if (!(apart < 1 && apart > -1)) bad = 1 }
-    NR > 1 && ($1 == 1 || $1 % 20 == 0) { printf "| %d | %s | %s | %.3f %% |\n", $1, $2, $9, apart }
-    END { if (NR != 201) bad = 1; if (bad) print "\nMore than 1 % apart, or not all steps were taken."; exit bad }' >&3 || failed=1
-
-echo "speed"
-echo >&3
-timeout 280 ./bench_gpu | tee /dev/stderr >&3 || { failed=1; echo "bench_gpu failed, or took longer than 280 s" >&3; }
-echo "
-All of it took $((SECONDS - start)) s." >&3
-echo "wrote $to"
-exit $failed
+build() { run "build" 150 make -s -j"$(nproc)" "$@" || finish; }
+probe() {
+    say "" "## What cuBLASLt proposes for each product" ""
+    run "products" 60 ./probe_gpu
+}
+tests() { # group, seconds at most
+    say "" "## Tests: $1" "" '```'
+    run "tests: $1" "$2" ./test_us_cuda "$1"
+    say '```'
+}
+train() { # program, where to; its own lines are of no interest unless it fails
+    run "training $2" 90 sh -c "$1 $flags --out out/$2 >out/$2.txt 2>&1 || { s=\$?; tail -n 3 out/$2.txt; exit \$s; }"
+}
+both() {
+    local flags="--input out/self.txt --steps 200 --eval-every 100 --tokens 1"
+    say "" "## One run on both (\`$flags\`)" ""
+    rm -rf out/on_gpu out/on_cpu
+    train ./train_us_cuda on_gpu
+    train ./train_us on_cpu
+    say "| step | loss, GPU | loss, CPU | apart |" "|---|---|---|---|"
+    paste -d, out/on_gpu/log.csv out/on_cpu/log.csv | awk -F, '
+        NR > 1 { apart = 100 * ($2 / $9 - 1); if (!(apart < 1 && apart > -1)) bad = 1 }
+        NR > 1 && ($1 == 1 || $1 % 20 == 0) { printf "| %d | %s | %s | %.3f %% |\n", $1, $2, $9, apart }
+        END { exit bad || NR != 201 }' | record
+    if [ "${PIPESTATUS[1]}" -ne 0 ]; then
+        say "" "**FAILED**: losses are more than 1 % apart, or not all steps were taken"
+        failed="$failed, GPU and CPU side by side"
+    fi
+}
+bench() {
+    say ""
+    run "speed" 230 ./bench_gpu 200
+}
+case $part in
+probe)
+    build probe_gpu
+    probe
+    ;;
+test)
+    build train_us test_us_cuda train_us_cuda out/self.txt
+    tests arithmetic 150
+    both
+    tests program 300
+    ;;
+bench)
+    build bench_gpu
+    bench
+    ;;
+all) # the program's tests start hundreds of processes: last
+    build train_us test_us_cuda train_us_cuda bench_gpu probe_gpu out/self.txt
+    probe
+    tests arithmetic 150
+    both
+    bench
+    tests program 300
+    ;;
+esac
+finish

@@ -3,8 +3,9 @@
 # be caught.
 #   make mutants            all of them         dev/mutants.sh WORD   those whose name contains WORD
 # A line below is: name | sed command that breaks it; those named gpu break train_us.cu, those named lab a file of
-# dev/cuda, and run on the emulator, with both orders of threads. Mutants are built without OpenMP, JOBS (2) at a
-# time. EVERY=n OFFSET=k takes each n-th line only, and the GPU's first seven.
+# dev/cuda, and run on the emulator, with both orders of threads ("gpu, short sums": with FP8 sums of 13 bits, to which
+# the tests' bounds adapt). Mutants are built without OpenMP, JOBS (2) at a time. EVERY=n OFFSET=k takes each n-th line
+# only, and the GPU's first seven.
 cd "$(dirname "$0")/.." || exit 1
 CC=${CC:-cc} CXX=${CXX:-g++} JOBS=${JOBS:-2}
 TESTS=${TESTS:-formats random matmul activ large gradients table data text oracle accum generate window held dump printing archive validation lost checkpoints}
@@ -28,6 +29,7 @@ build() { # in the mutant's directory
 run() {
     # shellcheck disable=SC2086
     case $1 in
+    gpu,*) EMU_FP8_SUMS=12,0 OMP_NUM_THREADS=1 timeout 240 ./test_us -x step_by_step ;;
     gpu*) OMP_NUM_THREADS=1 timeout 120 ./test_us -x $GPU_TESTS && EMU_SEED=1 OMP_NUM_THREADS=1 timeout 120 ./test_us -x $GPU_TESTS ;;
     lab*) OMP_NUM_THREADS=1 timeout 120 ./test_us check && EMU_SEED=1 OMP_NUM_THREADS=1 timeout 120 ./test_us check ;;
     *) timeout 120 ./test_us -x $TESTS ;;
@@ -103,7 +105,8 @@ schedule: falls to zero | s/0.1 + 0.45 \*/0.0 + 0.5 */
 data: a target is its own input | s/targets\[i - 1\] = token/if (i < T) targets[i] = token/
 data: validation text is trained on | s/train->count = val->start = tokens.count - val->count/val->start = tokens.count - val->count, train->count = tokens.count/
 resume: the data starts again | s/m->sequence = checkpoint_number(a, "sequence", 1e15)/m->sequence = 0/
-resume: the optimizer's state is forgotten | s/memcpy(data + t->offset, from/if (data != m->m) memcpy(data + t->offset, from/
+resume: the optimizer's state is forgotten | s/memcpy((float\*)cpu_get/if (what == PARAMS) memcpy((float*)cpu_get/
+saves: all that is saved is parameters | s/device->get(m, (Lasting)(i \/ m->num_tensors), t)/device->get(m, PARAMS, t)/
 files: overlapping tensors are accepted | s/if (a->entries\[i\].begin != at) json_die/if (0) json_die/
 text: top-k is ignored | s/c->top_k ? (int)min_l(c->top_k, V) : V/V/
 validation: the last batch counts as a whole one | s/sum += device->loss(m) \* (double)n;/sum += device->loss(m) * (double)B;/
@@ -136,7 +139,14 @@ gpu: the largest logit is not subtracted | s/most = fmaxf(most, x\[i\]);/most = 
 gpu: padded logits have gradients | s/if (v + P > V)/if (0)/
 gpu: a step that is not finite is taken | s/if (update \&\& result->stop) return;//
 gpu: a block is not entered again | s/^            enter_block<S>(m, l, N);//
-gpu: weights are not cast after the step | s/copies_only ? -1.0f : t->lr_factor/-1.0f/
+gpu: weights are not cast after the step | s/^    if (!copies_only)$/    if (!copies_only) copy.out = NULL, copy.q = copy.qt = NULL;\n&/
+gpu: weights are not cast at the start | s/if (what == PARAMS) is_fp32/if (0) is_fp32/
+gpu: moments begin as they lie there | s/^    if (gpu.m) CUDA(cudaMemset.*//
+gpu: rows of an FP8 product are not padded | s/gpu.is_fp8 ? padded(N) : N, I, O,/N, I, O,/
+gpu: no room for padded rows | s/ : gpu.is_fp8 ? Np : N;/ : N;/
+gpu, short sums: dX is 5 % too large | s/dy_rows, w, Np, I, O, t->alpha/dy_rows, w, Np, I, O, 1.05f * t->alpha/
+gpu, short sums: Y is 5 % too large | s/^                          t->alpha);/                          1.05f * t->alpha);/
+gpu, short sums: gradients in E4M3 | s/d.format = E5M2;/d.format = E4M3;/
 gpu: attention sees the next token | s/rows_are_keys ? ahead < 0 : ahead > 0/rows_are_keys ? ahead < -1 : ahead > 1/
 lab gelu: codes of values that are not BF16 | s/fp8x2(round_s<bf16>(y)/fp8x2((y)/
 lab gelu: one value of sixteen is not rounded | s/for (int k = 0; k < 16; k++)$/for (int k = 1; k < 16; k++)/

@@ -191,7 +191,8 @@ static void time_proposals(int tiny) {
             open_room(s[0], s[1], s[2]);
             k->versions[last].run();
             Product* p = &lt.products[lt.last];
-            const int n = proposals(p, found, MOST);
+            int n;
+            LT(proposals(p, found, MOST, &n));
             for (int i = 0; i < n; i++) {
                 if (found[i].state != CUBLAS_STATUS_SUCCESS) continue;
                 p->algo = found[i].algo;

@@ -24,6 +24,11 @@ struct emu_lt {                                      // a handle, descriptor, la
     size_t size() const { return type == CUDA_R_32F ? 4 : type == CUDA_R_16BF ? 2 : 1; }
 };
 typedef emu_lt *cublasLtHandle_t, *cublasLtMatmulDesc_t, *cublasLtMatrixLayout_t, *cublasLtMatmulPreference_t;
+enum cublasLtMatmulAlgoConfigAttributes_t { CUBLASLT_ALGO_CONFIG_TILE_ID = 1, CUBLASLT_ALGO_CONFIG_SPLITK_NUM,
+    CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME, CUBLASLT_ALGO_CONFIG_STAGES_ID = 6 };
+enum cublasLtMatmulAlgoCapAttributes_t { CUBLASLT_ALGO_CAP_MIN_ALIGNMENT_A_BYTES = 16,
+    CUBLASLT_ALGO_CAP_MIN_ALIGNMENT_B_BYTES, CUBLASLT_ALGO_CAP_MIN_ALIGNMENT_C_BYTES,
+    CUBLASLT_ALGO_CAP_MIN_ALIGNMENT_D_BYTES };
 struct cublasLtMatmulAlgo_t { uint64_t data[8]; };
 struct cublasLtMatmulHeuristicResult_t { cublasLtMatmulAlgo_t algo; size_t workspaceSize;
         cublasStatus_t state; };
@@ -68,7 +73,7 @@ inline const char *refusal(const Problem &p) {       // why the library would no
     if (device.major * 10 + device.minor < 89) return "FP8 needs compute capability 8.9 or higher";
     if (!p.ta || p.tb) return "FP8 needs A transposed and B not (TN)";
     if (A.type == CUDA_R_8F_E5M2 && B.type == CUDA_R_8F_E5M2) return "E5M2 x E5M2 does not exist";
-    // The manual asks for less (K, leading dimensions, whole 16 bytes of D); reports of other rows and columns
+    // The manual asks for less (K, leading dimensions, whole 16 bytes of D); reports of other rows or columns
     // disagree (CUDALibrarySamples #172, tensorflow #60110).
     if (p.m % 16 || p.n % 16 || p.k % 16 || A.ld % 16 || B.ld % 16 || C.ld % 16 || D.ld % 16)
         return "FP8 wants all dimensions in multiples of 16";
@@ -128,11 +133,12 @@ inline void multiply(const Problem &p, float alpha, float beta, const void *A, c
             d[j * p.m + i] +=
                     alpha * tensor_core_sum(&a[i * p.k], &b[j * p.k], p.k, sums.bits, sums.promoted);
     } else for (long k0 = 0, k1; k0 < p.k; k0 = k1) {
-        // With EMU_SPLIT_K a sum is made of pieces whose length depends on the shape: the library, too, is free
-        // to add in another order for another shape.
+        // With EMU_SPLIT_K a sum is made of pieces whose length depends on the shape: the library, too, may
+        // add in another order for another shape.
         k1 = getenv("EMU_SPLIT_K") ? std::min(p.k, k0 + 1 + (p.m + p.n) % 7) : p.k;
-        matmul(d.data(), p.m, view(b.data() + k0 * (p.tb ? p.n : 1), p.tb ? 1 : p.k, p.tb ? p.n : 1, FP32),
-               view(a.data() + k0 * (p.ta ? 1 : p.m), p.ta ? p.k : 1, p.ta ? 1 : p.m, FP32),   // D^T = B^T A^T
+        matmul(d.data(), p.m, // D^T = B^T A^T
+               view(b.data() + k0 * (p.tb ? p.n : 1), p.tb ? 1 : p.k, p.tb ? p.n : 1, FP32),
+               view(a.data() + k0 * (p.ta ? 1 : p.m), p.ta ? p.k : 1, p.ta ? 1 : p.m, FP32),
                p.n, p.m, k1 - k0, alpha, 1, FP32);
     }
     for (long j = 0; j < p.n; j++) for (long i = 0; i < p.m; i++)
@@ -182,4 +188,25 @@ inline cublasStatus_t cublasLtMatmul(emu_lt *lt, emu_lt *d, const void *alpha, c
     if (why) return emu::refuse(why, p);
     return emu::submit(stream, [=] { emu::multiply(p, al, be, A, B, C, D); }) ? CUBLAS_STATUS_EXECUTION_FAILED
                                                                              : CUBLAS_STATUS_SUCCESS;
+}
+// What is asked of an algorithm: here they have no tiles or stages, and all of them want 16 bytes.
+inline size_t cublasLtGetVersion() { return 0; }
+inline cublasStatus_t cublasLtMatmulAlgoCheck(emu_lt *lt, emu_lt *d, emu_lt *A, emu_lt *B, emu_lt *C,
+        emu_lt *D, const cublasLtMatmulAlgo_t *algo, cublasLtMatmulHeuristicResult_t *result) {
+    int n;
+    const auto status = cublasLtMatmulAlgoGetHeuristic(lt, d, A, B, C, D, nullptr, 1, result, &n);
+    const bool another = memcmp(algo, &result->algo, 4 * sizeof(uint64_t));
+    return !status && another ? CUBLAS_STATUS_NOT_SUPPORTED : status;
+}
+inline cublasStatus_t emu_set(void *to, size_t bytes, size_t *written, uint32_t value) {
+    memcpy(to, &value, *written = std::min(bytes, sizeof value));
+    return CUBLAS_STATUS_SUCCESS;
+}
+inline cublasStatus_t cublasLtMatmulAlgoConfigGetAttribute(const cublasLtMatmulAlgo_t *,
+        cublasLtMatmulAlgoConfigAttributes_t, void *to, size_t n, size_t *written) {
+    return emu_set(to, n, written, 0);
+}
+inline cublasStatus_t cublasLtMatmulAlgoCapGetAttribute(const cublasLtMatmulAlgo_t *,
+        cublasLtMatmulAlgoCapAttributes_t, void *to, size_t n, size_t *written) {
+    return emu_set(to, n, written, 16);
 }

@@ -352,7 +352,7 @@ static void test_cublas() {
     refused("another problem's algorithm", (c = fp8, c.m = 32, c.stale = 1, c));
     refused("less workspace than promised", (c = fp8, c.given = 512, c));
     refused("a misaligned workspace", (c = fp8, c.shift = 16, c));
-#ifndef __CUDACC__                                   // on a GPU these are computed, or errors later, or not at all
+#ifndef __CUDACC__                                   // a GPU computes these, or they are errors later
     refused("m no multiple of 16", (c = fp8, c.m = 40, c));
     refused("n no multiple of 16", (c = fp8, c.n = 24, c));
     refused("more proposals than there are", (c = fp8, c.proposal = 3, c));
