@@ -1074,7 +1074,7 @@ static void test_command_line(void) {
         }
     }
     check_fails("--input train_us.c --width 100 --heads 3", "--width 100 is not a multiple of --heads 3");
-    check_fails("--input train_us.c --width 65536 --layers 1000", "of memory wanted");
+    check_fails("--input train_us.c --width 65536 --layers 1000", "memory wanted");  // on a GPU perhaps its own
     check(strstr(result.out, "; memory: ") != NULL, "the memory line comes before the end");
     check(run_us("--input README.md --steps 1 " TINY)->status == 0 &&
               strstr(result.out, "--warmup 50 is not less than --steps 1: 0 is taken") &&

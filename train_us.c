@@ -2051,10 +2051,11 @@ static void check_memory(const Model* m, int on_host) {
     for (int i = 0; i < m->num_tensors; i++)
         one = fmax(one, 4.0 * (double)m->tensors[i].rows * (double)m->tensors[i].cols);
     for (int k = 0; k < BUFFERS; k++) kept += 4 * buffer_size(m, k);
+    if (!on_host) params = kept = 0;
     if (m->training && on_host)
         printf("memory: %.0f MB parameters, gradients and optimizer state, %.0f MB activations\n",
                params * 1e-6, kept * 1e-6);
-    if (!on_host) params = kept = 0;
+    else if (m->training) printf("memory: %.0f MB on the host\n", one * 1e-6);
     if (!(params + kept + one <= available))
         die("%.1f GB of memory wanted, %.1f are available: lower --batch, --seq, --width or --layers",
             (params + kept + one) * 1e-9, available * 1e-9);
