@@ -8,13 +8,13 @@ new=$PWD dir=$(mktemp -d) passed=0 failed=0
 trap 'git worktree remove -f "$dir/old"; rm -rf "$dir"' EXIT
 git worktree add -q --detach "$dir/old" "$commit" || exit 1
 for tree in "$dir/old" "$new"; do make -s -C "$tree" train_us train_us_emu || exit 1; done
-model="--input $new/LICENSE --layers 3 --width 64 --heads 2 --seq 24 --batch 3 --accum 2 --steps 50 --eval-every 20 --tokens 20 --stats-every 25"
+model="--input $new/LICENSE --layers 2 --width 32 --heads 1 --seq 20 --batch 3 --accum 2 --steps 50 --eval-every 20 --eval-tokens 500 --tokens 20 --stats-every 25"
 one() { # folder of the results, program, flags
     rm -rf "$1" && mkdir -p "$1" && cd "$1" || return 1
     # shellcheck disable=SC2086
     "${@:2}" $model --out run >out.txt 2>&1 && "${@:2}" $model --dump dump.safetensors >>out.txt 2>&1 || return 1
     cut -d, -f 1-5 run/log.csv >run/losses.csv && rm run/log.csv
-    grep -v -e '/50 | loss' -e 'CPU\|GPU' out.txt >run/text.txt
+    grep -v -e '/50 | loss' -e 'CPU\|GPU\|memory' out.txt >run/text.txt
     rm out.txt
 }
 export OMP_NUM_THREADS=1
