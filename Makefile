@@ -63,12 +63,12 @@ test_us_cuda: test_us.c $(GPU)
 bench_gpu: dev/bench_gpu.cu dev/cuda/bench.h $(GPU)
 	$(CUDA) dev/bench_gpu.cu -o $@ -lcublasLt
 
-# The names of cuBLASLt's tiles and stages are in its header only.
+# The names of cuBLASLt's tiles and stages are in its header only (where that is not found, numbers do).
 LT_HEADER = $(dir $(NVCC))../include/cublasLt.h
 probe_gpu: dev/probe_gpu.cu $(GPU)
 	@mkdir -p out
-	sed -n 's/.*_TILE_\([0-9]*x[0-9]*\) *= *\([0-9]*\),.*/{\2, "\1"},/p' $(LT_HEADER) >out/tiles.h
-	sed -n 's/.*_STAGES_\([0-9]*x[0-9A-Z]*\) *= *\([0-9]*\),.*/{\2, "\1"},/p' $(LT_HEADER) >out/stages.h
+	-sed -n 's/.*_TILE_\([0-9]*x[0-9]*\) *= *\([0-9]*\),.*/{\2, "\1"},/p' $(LT_HEADER) >out/tiles.h
+	-sed -n 's/.*_STAGES_\([0-9]*x[0-9A-Z]*\) *= *\([0-9]*\),.*/{\2, "\1"},/p' $(LT_HEADER) >out/stages.h
 	$(CUDA) dev/probe_gpu.cu -o $@ -lcublasLt
 
 gpu:

@@ -471,7 +471,8 @@ static void measure_short_sums(void) {
         short_sums[fast] = sqrt(errors / square);
         printf("FP8 sums of %d products with %s accumulation are off by %.2g (RMS); the bounds follow\n", K,
                fast ? "fast" : "FP32", short_sums[fast]);
-        check(short_sums[fast] < 0x1p-7, "FP8 sums keep about 14 bits: an error of %g", short_sums[fast]);
+        check(short_sums[fast] < 0x1p-9, "FP8 sums keep about 14 bits, 13 at least: an error of %g",
+              short_sums[fast]);
     }
     CUDA(cudaFree(p[0]));
     CUDA(cudaFree(p[1]));
@@ -1074,7 +1075,7 @@ static void test_command_line(void) {
         }
     }
     check_fails("--input train_us.c --width 100 --heads 3", "--width 100 is not a multiple of --heads 3");
-    check_fails("--input train_us.c --width 65536 --layers 1000", "memory wanted");  // on a GPU perhaps its own
+    check_fails("--input train_us.c --width 65536 --layers 1000 --heads 128", "memory wanted");
     check(strstr(result.out, "; memory: ") != NULL, "the memory line comes before the end");
     check(run_us("--input README.md --steps 1 " TINY)->status == 0 &&
               strstr(result.out, "--warmup 50 is not less than --steps 1: 0 is taken") &&
@@ -2117,6 +2118,7 @@ int main(int argc, char** argv) {
     const char* tmp = getenv("TMPDIR");
     snprintf(work, sizeof work, "%s/us_test_XXXXXX", tmp ? tmp : "/tmp");
     if (!mkdtemp(work) || !realpath(argv[0], self)) die("cannot make %s or find %s", work, argv[0]);
+    int ran = 0;
     for (size_t i = 0; i < sizeof TESTS / sizeof *TESTS; i++) {
         const int stop = argc > 1 && strcmp(argv[1], "-x") == 0, before_passed = passed,
                   before_failed = failed;
@@ -2125,7 +2127,7 @@ int main(int argc, char** argv) {
             wanted |= strstr(TESTS[i].name, argv[k]) || strcmp(GROUPS[TESTS[i].group], argv[k]) == 0;
         if (!wanted || (stop && failed) || (TESTS[i].group == CPU_ONLY && device != &CPU)) continue;
         double start = seconds();
-        TESTS[i].test();
+        TESTS[i].test(), ran++;
         printf("%-20s %4d passed, %d failed  %5.1f s\n", TESTS[i].name, passed - before_passed,
                failed - before_failed, seconds() - start);
         fflush(stdout);
@@ -2134,5 +2136,5 @@ int main(int argc, char** argv) {
     snprintf(command, sizeof command, "rm -rf '%s'", work);
     if (system(command) != 0) failed++;
     printf("%d passed, %d failed\n", passed, failed);
-    return failed > 0 || passed == 0;
+    return failed > 0 || passed == 0 || ran == 0;
 }

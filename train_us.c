@@ -1930,7 +1930,7 @@ static int checkpoint_save(Model* m, const Device* device) {
     archive_config(&a, m);
     for (int what = PARAMS; what < lasting(m); what++) archive_tensors(&a, m, prefix_of(m, what), NULL);
     FILE* f = archive_begin(&a, path);
-    for (int i = 0; f && i < a.num_entries; i++) {
+    for (int i = 0; f && !ferror(f) && i < a.num_entries; i++) {
         const Tensor* t = &m->tensors[i % m->num_tensors];
         const float* values = device->get(m, (Lasting)(i / m->num_tensors), t);
         fwrite(values, sizeof(float), (size_t)(t->rows * t->cols), f);

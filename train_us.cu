@@ -1917,8 +1917,9 @@ static void gpu_open(Model* m) {
         gpu.ceiling = measure_product(CUDA_R_16BF, 8192);
     CUDA(cudaFree(lt.workspace));
     plan(m, 1);
-    if (gpu.m) CUDA(cudaMemsetAsync(gpu.m, 0, sizeof(float) * (size_t)m->num_params, stream));
-    if (gpu.v) CUDA(cudaMemsetAsync(gpu.v, 0, sizeof(float) * (size_t)m->num_params, stream));
+    float* const lasting[] = {gpu.params, gpu.m, gpu.v};  // the gaps between tensors too
+    for (int i = 0; i < 3; i++)
+        if (lasting[i]) CUDA(cudaMemsetAsync(lasting[i], 0, sizeof(float) * (size_t)m->num_params, stream));
     for (int i = 0; i < 2; i++)
         CUDA(cudaMallocHost(&gpu.staged[i], sizeof(int) * (size_t)(ints_of_batch(m) * m->c.accum)));
     CUDA(cudaMallocHost(&gpu.host_stat, sizeof(StatSums) * STAT_PARTS));
@@ -2018,9 +2019,12 @@ static float* gpu_lasting(Lasting what, const Tensor* t) {
     return (what == PARAMS ? gpu.params : what == FIRST_MOMENT ? gpu.m : gpu.v) + t->offset;
 }
 static const float* gpu_get(Model* m, Lasting what, const Tensor* t) {
-    float* to = scratch(SCRATCH_TENSOR, t->rows * t->cols);
+    const long n = t->rows * t->cols;
+    float* to = scratch(SCRATCH_TENSOR, n);
     (void)m;
-    fetch_floats(to, gpu_lasting(what, t), t->rows * t->cols);
+    CUDA(cudaMemcpyAsync(to, gpu_lasting(what, t), sizeof(float) * (size_t)n, cudaMemcpyDeviceToHost,
+                         stream));
+    CUDA(cudaStreamSynchronize(stream));
     return to;
 }
 static void gpu_put(Model* m, Lasting what, const Tensor* t, const void* values) {

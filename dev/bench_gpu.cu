@@ -53,9 +53,10 @@ static int fit(Config* c, long step_tokens, int native) {
     model_layout(&m, c);
     gpu.is_fp8 = c->precision == IN_FP8, gpu.native = native, gpu.type = CUDA_R_16BF;
     m.training = 1;
-    int most = largest_batch(&m, usable_bytes(), 0);
+    const double usable = usable_bytes() - 64e6;  // less a stream, a handle and pinned memory
+    int most = largest_batch(&m, usable, 0);
     c->recompute = most == 0;
-    if (!most) most = largest_batch(&m, usable_bytes(), 1);
+    if (!most) most = largest_batch(&m, usable, 1);
     free(m.tensors);
     memset(&gpu, 0, sizeof gpu);
     while (step_tokens % ((long)c->batch * 2 * c->seq) == 0 && c->batch * 2 <= most) c->batch *= 2;

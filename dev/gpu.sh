@@ -15,7 +15,7 @@ esac
 need_gpu "make test_us_emu && ./test_us_emu tests the same source on a CPU"
 begin "us.c" "${begin[@]}" 520
 
-build() { run "build" 150 make -s -j"$(nproc)" "$@" || finish; }
+build() { run "build" 150 make -s -k -j"$(nproc)" "$@"; } # what is built is run, whatever is not
 probe() {
     say "" "## What cuBLASLt proposes for each product" ""
     run "products" 60 ./probe_gpu

@@ -141,7 +141,8 @@ gpu: a step that is not finite is taken | s/if (update \&\& result->stop) return
 gpu: a block is not entered again | s/^            enter_block<S>(m, l, N);//
 gpu: weights are not cast after the step | s/^    if (!copies_only)$/    if (!copies_only) copy.out = NULL, copy.q = copy.qt = NULL;\n&/
 gpu: weights are not cast at the start | s/if (what == PARAMS) is_fp32/if (0) is_fp32/
-gpu: moments begin as they lie there | s/^    if (gpu.m) CUDA(cudaMemset.*//
+gpu: moments begin as they lie there | s/{gpu.params, gpu.m, gpu.v};  \/\/ the gaps/{gpu.params, NULL, NULL};  \/\/ the gaps/
+gpu: gaps between tensors are not cleared | s/{gpu.params, gpu.m, gpu.v};  \/\/ the gaps/{NULL, gpu.m, gpu.v};  \/\/ the gaps/
 gpu: rows of an FP8 product are not padded | s/gpu.is_fp8 ? padded(N) : N, I, O,/N, I, O,/
 gpu: no room for padded rows | s/ : gpu.is_fp8 ? Np : N;/ : N;/
 gpu, short sums: dX is 5 % too large | s/dy_rows, w, Np, I, O, t->alpha/dy_rows, w, Np, I, O, 1.05f * t->alpha/

@@ -4,10 +4,11 @@
 results=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/results
 
 need_gpu() { # what can be done without
-    if ! command -v nvidia-smi >/dev/null || ! card=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1); then
+    if ! command -v nvidia-smi >/dev/null || ! card=$(nvidia-smi --query-gpu=name --format=csv,noheader) || [ -z "$card" ]; then
         echo "$0: no GPU is found here (nvidia-smi); $1"
         exit 1
     fi
+    card=${card%%$'\n'*} # the first
     command -v nvcc >/dev/null || PATH=$PATH:/usr/local/cuda/bin
     command -v nvcc >/dev/null || { echo "$0: nvcc is not on PATH (the CUDA Toolkit puts it into its bin/)"; exit 1; }
 }

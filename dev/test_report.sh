@@ -65,7 +65,9 @@ check "losses that differ" 1 "more than 1 % apart" "^\*\*FAILED\*\*: GPU and CPU
 all_well; stand_in train_us_cuda 'exit 3'; visit dev/gpu.sh
 check "a run that fails" 1 "training on_gpu: exit status 3" "or not all steps"
 all_well; stand_in bin/make 'echo "train_us.cu: error"; exit 2'; visit dev/gpu.sh
-check "a build that fails" 1 "train_us.cu: error" "^\*\*FAILED\*\*: build. All" '! of probe_gpu'
+check "a build that fails in part" 1 "train_us.cu: error" "^\*\*FAILED\*\*: build. All" "of probe_gpu"
+all_well; rm "$dir/bench_gpu"; visit dev/gpu.sh
+check "a program that is not there" 1 "^\*\*FAILED\*\*: speed. All" "of test_us_cuda"
 all_well; stand_in bench_gpu 'echo a row; exec sleep 2'
 visit setsid bash -c 'dev/gpu.sh & until grep -q "a row" OUT/*.md 2>/dev/null; do sleep 0.1; done; kill -9 $!; wait'
 check "SIGKILL in the middle" 0 "\*\*UNFINISHED\*\*" "of probe_gpu" "a row"
@@ -73,10 +75,13 @@ all_well; visit dev/cuda/bench.sh
 check "the lab, all is well" 0 "nothing failed" "of dev/cuda/gelu" "of dev/cuda/zeta"
 all_well; stand_in dev/cuda/gelu 'exec sleep 60'; visit dev/cuda/bench.sh
 check "the lab, a file that hangs" 1 "gelu: stopped after" "of dev/cuda/zeta" "^\*\*FAILED\*\*: gelu. All"
-rm "$dir/bin/nvidia-smi"; visit dev/gpu.sh
-if [ "$status" -eq 1 ] && grep -q "no GPU is found here" "$dir/log"; then passed=$((passed + 1)); else
-    failed=$((failed + 1))
-    echo "FAILED: without a GPU:" && cat "$dir/log"
-fi
+for card in 'echo NVIDIA-SMI has failed; exit 9' 'exit 0' ''; do
+    if [ -n "$card" ]; then stand_in bin/nvidia-smi "$card"; else rm "$dir/bin/nvidia-smi"; fi
+    visit dev/gpu.sh
+    if [ "$status" -eq 1 ] && grep -q "no GPU is found here" "$dir/log"; then passed=$((passed + 1)); else
+        failed=$((failed + 1))
+        echo "FAILED: without a GPU:" && cat "$dir/log"
+    fi
+done
 echo "$passed passed, $failed failed"
 [ "$failed" -eq 0 ]

@@ -6,7 +6,7 @@ cd "$(dirname "$0")"
 command -v nvcc >/dev/null || PATH=$PATH:/usr/local/cuda/bin
 command -v nvcc >/dev/null || { echo "make table: nvcc is not on PATH (the CUDA Toolkit puts it into its bin/)"; exit 1; }
 results=$(find ../results -name '*-kernels.md' 2>/dev/null | sed -E 's/(.*)([0-9]{4}-[0-9]{2}-[0-9]{2}(-[0-9]+)?)(-kernels.md)/\2 &/' |
-    sort | tail -n 1 | cut -d ' ' -f 2)
+    sort -V | tail -n 1 | cut -d ' ' -f 2)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 for file in *.cu; do
