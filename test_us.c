@@ -970,7 +970,7 @@ static void read_text(const char* path, char* to, size_t size) {
 }
 // Runs `flags` as a shell would split them, with %s standing for the directory of the tests. threads 0: as
 // they are; limit > 0: no file may grow beyond it, as on a full disk; end: a signal, sent once other/log.csv
-// has a step, or TWICE, with a SIGHUP right after it; or CUT: then cut.txt is cut off.
+// has a step, or TWICE, with some SIGINT right after it; or CUT: then cut.txt is cut off.
 enum { TWICE = 1000, CUT = -1 };
 static const Run* run_with(const char* flags, int threads, long limit, int end) {
     char command[8192], out[1100], err[1100], text[32];
@@ -1013,7 +1013,7 @@ static const Run* run_with(const char* flags, int threads, long limit, int end) 
         text_file(log, sizeof log, "cut.txt");
         if (end == CUT && truncate(log, 0) != 0) die("the tests cannot truncate %s", log);
         if (end > 0) kill(child, end % TWICE);
-        if (end > TWICE) kill(child, SIGHUP);
+        for (int i = 0; i < 10 && end > TWICE; i++) usleep(100), kill(child, SIGINT);
     }
     int status = 0;
     waitpid(child, &status, 0);
