@@ -483,7 +483,7 @@ static void measure_short_sums(void) {
 // Relative error of a linear's sums. The normal numbers of the measured product have shorter tails than
 // gradients, and the largest error of 80,000 counts: 16 times its RMS.
 static double sum_error(const Model* m, int fast) {
-    return fmax(m->hidden->operand == E4M3 && gpu.native ? 16 * short_sums[fast] : 0, 1e-5);
+    return fmax(m->precision->operand == E4M3 && gpu.native ? 16 * short_sums[fast] : 0, 1e-5);
 }
 #endif
 // By how much bounds grow that hold where sums are off by up to 2^-12: such errors flip roundings to FP8.
@@ -767,7 +767,8 @@ static void test_table(void) {
               "learning rates");
         check(down->kind->decays && head->kind->decays && !gain->kind->decays, "decay");
         check(m.grad_scale == (double)m.rows * 3 * (scheme ? 1 : 512), "S is %g", m.grad_scale);
-        check(same(m.a * m.a + m.b * m.b, scheme ? 2 : 1) && (scheme || fabsf(m.b * m.b - 0.4f) < 1e-6f),
+        const float skip = m.skip_coef * m.skip_coef, branch = m.branch_coef * m.branch_coef;
+        check(same(skip + branch, scheme ? 2 : 1) && (scheme || fabsf(branch - 0.4f) < 1e-6f),
               "stream coefficients");
         double sum = 0, want = scheme ? 0.02 / 2 : 1;
         for (long k = 0; k < 512 * 2048; k++) sum += pow(param(&m, 1, DOWN)[k], 2);
@@ -1066,7 +1067,7 @@ static void test_command_line(void) {
     // Every option: a value that is no number, one out of range, a choice that is none.
     for (const Option* o = OPTIONS; o < OPTIONS_END; o++) {
         char flags[256], says[128];
-        if (!o->name || *o->type == 's' || *o->type == 'b') continue;
+        if (!o->name || o->type == TEXT || o->type == FLAG) continue;
         const char* const values[] = {"x", "-7", "1e99", "3.x", "nan", "99999999999999999999", "''"};
         snprintf(says, sizeof says, "--%s is ", o->name);
         for (int i = 0; i < 7; i++) {
@@ -1180,8 +1181,8 @@ static void test_nothing_lost(void) {
     for (int i = 0; i < 6; i++) {
         shell("rm -rf '%s/other' && cat README.md README.md >'%s/cut.txt'");
         const char* longer = ends[i] > TWICE ? "--batch 100" : "";  // time for all of its signals
-        run_with(form("--input %%s/cut.txt --val README.md --steps 1000000 --out %%s/other " TINY "%s", longer),
-                 0, 0, ends[i]);
+        const char* flags = "--input %%s/cut.txt --val README.md --steps 1000000 --out %%s/other " TINY "%s";
+        run_with(form(flags, longer), 0, 0, ends[i]);
         if (ends[i] == CUT)
             check(result.status == 1 && strstr(result.err, "/cut.txt was cut off while it was read"),
                   "a file cut off: exit %d %s", result.status, result.err);
@@ -1734,7 +1735,7 @@ static void compare(Model* m, int block, int kind, long n) {
     if (kind == A_LOGITS)  // padded columns take no part
         for (long i = 0; i < n; i++) if (i % m->vp >= m->c.vocab) seen[seen_at].data[i] = want[i];
     const double off = distance(got, want, n);
-    if (m->hidden->stream == FP32) check_below(off, 1e-5, what, "");
+    if (m->precision->stream == FP32) check_below(off, 1e-5, what, "");
     else if (attention) check_below(off, 0x1p-8, what, "");
     else {
         double square = 0, worst = 0;
@@ -1779,8 +1780,13 @@ static void check_operands(Model* m) {
     }
     for (int l = 0; l < L; l++)
         for (int kind = QKV; kind <= DOWN; kind++) {
-            const float* x = kind == OUT ? buffer(m, l, A_Y, 0) : kind == DOWN ? buffer(m, l, A_G, 0)
-                             : branch_input(m, l, kind == UP, 0);
+            const Block b = block_of(m, l, 0);
+            const int us = m->scheme->norm_last;
+            const float* before = us ? stream_before(m, l, 0) : b.norm1;
+            const float* x = kind == QKV    ? before
+                             : kind == OUT  ? b.y
+                             : kind == DOWN ? b.g
+                                            : (us ? b.mid : b.norm2);
             check_codes(l == L - 1 && kind == DOWN ? gpu.x : NULL, gpu.xt[kind][l], x, N,
                         tensor(m, l, kind)->cols, Np, E4M3, form("input of h.%d.%s", l, TENSORS[kind].name));
         }

@@ -5,15 +5,21 @@ train_us.c: µnit Scaling (µS), the whole recipe, in one file of plain C.
 matmul carries a constant that keeps its output at unit variance, every residual sum preserves variance: each
 tensor stays where an 8-bit float can represent it. This file is the readable reference; it runs on any CPU.
 
+Part one is the method, in a straight line: number formats, the layers as forward and backward pairs, the
+scheme, the tensors, the model, the optimizer, one training step. Part two is the program around it: the fast
+matmul, statistics, random numbers, data, files, options, checkpoints, samples, the training loop. To learn
+µS read part one; of what it calls in part two, the declarations at its head say what it does. In a first
+reading skip fast_exp, attention_backward, and whatever begins with `#pragma omp`.
+
   [µS]   Narayan, Gupta, Paul, Blalock: µnit Scaling: Simple and Scalable FP8 LLM Training. arXiv 2502.05967
   [u-µP] Blake et al.: u-µP: The Unit-Scaled Maximal Update Parametrization. arXiv 2407.17465
   [US]   Blake, Orr, Luschi: Unit Scaling: Out-of-the-Box Low-Precision Training. arXiv 2303.11257
   [OCP]  Micikevicius et al.: FP8 Formats for Deep Learning. arXiv 2209.05433
 Where a comment says OURS, the papers are silent and the decision is this project's.
 
-Arguments: outputs, inputs, sizes. B sequences, T positions, N = B*T rows, C width, H heads, D = C/H,
-L blocks, V vocabulary, Vp: V padded to a multiple of 128. All arrays are float and row-major: where a format
-is narrower, the float holds a value which that format has.
+Parameters are in the order outputs, inputs, sizes: B sequences, T positions, N = B*T rows, C width, H heads,
+D = C/H, L blocks, V vocabulary, Vp: V padded to a multiple of 128. All arrays are float and row-major: where
+a format is narrower, the float holds a value which that format has.
 
   make && ./train_us --input FILE           (any text file; --help lists the rest)
 */
@@ -62,146 +68,20 @@ static int max_threads(void) { return 1; }
 #define BOTH
 #endif
 
-// ---- Small tools ---------------------------------------------------------------------------------------
-// Length of the UTF-8 character at s, of which n bytes are there; 0: the rest is missing; -1: it is none, or
-// is a control character, which could steer a terminal.
-static int character(const uint8_t* s, long n) {
-    const int length = *s < 0x80 ? 1 : *s >> 5 == 6 ? 2 : *s >> 4 == 14 ? 3 : *s >> 3 == 30 ? 4 : -1;
-    if (length < 0) return -1;
-    uint32_t code = length == 1 ? *s : *s & (0x7F >> length);
-    for (int i = 1; i < length; i++) {
-        if (i >= n) return 0;
-        if (s[i] >> 6 != 2) return -1;
-        code = code << 6 | (s[i] & 0x3F);
-    }
-    if (length == 1) return (code >= 32 && code != 127) || code == '\n' || code == '\t' ? 1 : -1;
-    if (length == 3) return code >= 0x800 && code >> 11 != 27 ? 3 : -1;  // 0xD800 to 0xDFFF are surrogates
-    return (length == 2 && code >= 0xA0) || (length == 4 && code - 0x10000 < 0x100000) ? length : -1;
-}
-// Puts '?' for all else. Returns how many of the n bytes are safe to print then: without the beginning of a
-// character at the end, if the rest of it is to follow.
-static long make_safe(char* text, long n, int rest_follows) {
-    for (long i = 0, length; i < n; i += length > 0 ? length : 1) {
-        length = character((const uint8_t*)text + i, n - i);
-        if (length == 0 && rest_follows) return i;
-        if (length < 1) text[i] = '?';
-    }
-    return n;
-}
+// ======== Part one: the method ==========================================================================
 
-// printf into a string that lasts until 15 more are made.
-__attribute__((format(printf, 1, 2))) static char* form(const char* format, ...) {
-    static char ring[16][9000];
-    static int next;
-    char* to = ring[next++ % 16];
-    va_list args;
-    va_start(args, format);
-    vsnprintf(to, sizeof ring[0], format, args);
-    va_end(args);
-    return to;
-}
-
-// A path or text of the user's, safe to print in one line.
-static const char* shown(const char* s) {
-    char* copy = form("%s", s);
-    make_safe(copy, (long)strlen(copy), 0);
-    for (char* p = copy; (p = strchr(p, '\n')) != NULL; ) *p = '?';
-    return copy;
-}
-
-static const char* program = "train_us";
-static jmp_buf* die_to;           // set: an attempt that may fail, and where to go on if it does
-static void (*last_words)(void);  // set: what has to be saved before the end
+// ---- What part one uses of part two --------------------------------------------------------------------
 // Prints one line that says what is wrong and what to do, then exits with status 1.
-__attribute__((noreturn, format(printf, 1, 2))) static void die(const char* format, ...) {
-    char text[9000];
-    void (*save)(void) = last_words;
-    va_list args;
-    va_start(args, format);
-    vsnprintf(text, sizeof text, format, args);
-    va_end(args);
-    fflush(stdout);
-    fprintf(stderr, "%s: %s\n", program, shown(text));
-    if (die_to) longjmp(*die_to, 1);
-    if (save) save();
-    exit(1);
-}
-
-static char* copied(const char* s) {
-    char* copy = strdup(s);
-    if (!copy) die("out of memory");
-    return copy;
-}
-
-// Zeroed memory on a cache line boundary. The size is a double: a product of sizes cannot wrap around.
-static void* alloc(double bytes) {
-    void* p = NULL;
-    double physical = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
-    size_t n = bytes < physical ? (size_t)bytes + 64 : 0;
-    if (!(bytes < physical) || posix_memalign(&p, 64, n) != 0)
-        die("%.1f GB of memory wanted, this machine has %.1f: lower --batch, --seq, --width or --layers",
-            bytes * 1e-9, physical * 1e-9);
-    return memset(p, 0, n);
-}
-
-// A buffer of at least n floats that lives as long as its thread: work space without an allocation per call.
+__attribute__((noreturn, format(printf, 1, 2))) static void die(const char* format, ...);
+__attribute__((format(printf, 1, 2))) static char* form(const char* format, ...);  // a short-lived string
+static void* alloc(double bytes);         // zeroed memory
+// Work space of at least n floats, which stays for the next call: one of each kind per thread.
 enum { SCRATCH_B, SCRATCH_A, SCRATCH_P, SCRATCH_DP, SCRATCH_SUMS, SCRATCH_TENSOR, SCRATCH_SLOTS };
-static float* scratch(int slot, long n) {
-    static __thread struct { float* p; long n; } slots[SCRATCH_SLOTS];
-    if (slots[slot].n < n) {
-        free(slots[slot].p);
-        slots[slot].p = (float*)alloc(sizeof(float) * (double)n);
-        slots[slot].n = n;
-    }
-    return slots[slot].p;
-}
-
-static double clock_seconds(clockid_t id) {
-    struct timespec t;
-    clock_gettime(id, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-static double seconds(void) { return clock_seconds(CLOCK_MONOTONIC); }
-
-// A thread that waits for the others spins for a while before it sleeps. Where other programs use the cores,
-// it spins in the place of the very thread it waits for: with twice as many busy processes as cores a step
-// took ten times as long. libgomp (gcc) spins 300,000 times and reads its setting before main: set it and
-// begin again. 2,000 turns (0.1 ms) are as much as threads differ on an idle machine. A user's setting wins.
-static void wait_briefly(char** argv) {
-#if defined(_OPENMP) && !defined(KMP_VERSION_MAJOR)
-    if (max_threads() == 1 || getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY")) return;
-    const char* preload = getenv("LD_PRELOAD");
-    if (preload && strstr(preload, "vgpreload")) return;  // valgrind would be left behind
-    char* self = realpath("/proc/self/exe", NULL);
-    if (self && !strstr(self, "/ld-")) {  // ld.so itself, started with this program as its argument
-        setenv("GOMP_SPINCOUNT", "2000", 1);
-        execv(self, argv);  // if that fails, all is as it was
-    }
-    free(self);
-#endif
-    (void)argv;
-}
-// libomp (clang) spins 200 ms and can be told at any time: not at all while this program gets less than 0.7
-// of its cores (measured: alone 0.8 to 1, beside one busy process 0.6 or less).
-static void share_the_cores(void) {
-#if defined(_OPENMP) && defined(KMP_VERSION_MAJOR)
-    static double wall, used;
-    const double t = seconds(), u = clock_seconds(CLOCK_PROCESS_CPUTIME_ID);
-    if (getenv("KMP_BLOCKTIME") || getenv("OMP_WAIT_POLICY") || t - wall < 0.01) return;
-    const int spin = u - used > 0.7 * (t - wall) * max_threads() ? 200 : 0;
-    wall = t, used = u;
-    kmp_set_blocktime(spin);
-#endif
-}
-
-// For `make bench`: lap(KIND) charges the time since the last lap to that kind of layer.
-enum { LAP_LINEAR, LAP_HEAD, LAP_ATTENTION, LAP_NORM, LAP_ACTIVATION, LAP_LOSS, LAP_EMBED, LAP_UPDATE, LAPS };
-static double lap_spent[LAPS], lap_last;
-static void lap(int kind) {
-    double t = seconds();
-    lap_spent[kind] += t - lap_last;
-    lap_last = t;
-}
+static float* scratch(int slot, long n);
+// x[i] = std * N(0,1): the numbers follow from seed, stream and i alone; stream_of: of a tensor's name.
+static void fill_normal(float* x, long n, float std, uint64_t seed, uint64_t stream);
+static uint64_t stream_of(const char* name);
+static void share_the_cores(void);        // where other programs use them: threads wait without spinning
 
 static long min_l(long a, long b) { return a < b ? a : b; }
 static long div_up(long a, long b) { return (a + b - 1) / b; }
@@ -228,9 +108,10 @@ BOTH static inline float round_bf16(float x) {
     return bits_float((u & 0x7FFFFFFFu) > 0x7F800000u ? u | 0x00400000u : r);
 }
 
-// To the nearest FP8 value, ties to even, clipped to +-max; NaN stays NaN, since a diverged run must show it.
-// Adding 1.0 * 2^(e+23-m) to |x| = 1.f * 2^e leaves exactly m mantissa bits, rounded by the FPU itself; below
-// the least normal, e stays at min_exponent, which gives the subnormals their fixed step.
+// To the nearest FP8 value, ties to even, infinity too clipped to +-max; NaN stays: a diverged run must show
+// it. Adding 1.0 * 2^(e+23-m) to |x| = 1.f * 2^e leaves exactly m mantissa bits, rounded by the FPU itself:
+// of x = 1.3 in E4M3 (e = 0, m = 3), 2^20 + 1.3 is rounded to a multiple of 1/8, and less 2^20 it is 1.25.
+// Below the least normal, e stays at min_exponent, which gives the subnormals their fixed step.
 BOTH static inline float round_fp8(float x, Format format) {
     const int m = format == E4M3 ? 3 : 2;
     const uint32_t least = (uint32_t)((format == E4M3 ? -6 : -14) + 127) << 23;
@@ -241,8 +122,9 @@ BOTH static inline float round_fp8(float x, Format format) {
     return bits_float(a > 0x7F800000u ? u : r);
 }
 
-// Code to value and back, for E4M3 and E5M2. The CPU computes with values only; a GPU stores the codes.
-// Shifted to its place in a float, a code is the value times 2^(bias-127), subnormals included.
+// Code to value and back, for E4M3 and E5M2. The CPU computes with values only; a GPU stores the codes. A
+// format stores exponent e as e + bias (E4M3: 7, E5M2: 15, FP32: 127). So a code, shifted to its place in a
+// float, is the value times 2^(bias-127), subnormals included.
 BOTH static inline float fp8_scale(Format format, int sign) {  // 2^(sign * (127 - bias))
     return bits_float((uint32_t)(127 + sign * (format == E4M3 ? 120 : 112)) << 23);
 }
@@ -276,161 +158,42 @@ typedef struct { const char* name; Format stream, operand, gradient; } Precision
 static const Precision PRECISIONS[] = {
     {"fp32", FP32, FP32, FP32}, {"bf16", BF16, BF16, BF16}, {"fp8", BF16, E4M3, E5M2}};
 
-// ---- Random numbers ------------------------------------------------------------------------------------
-// Counter-based: a number depends on seed, stream and index and on nothing drawn before, so any thread, rank
-// or device draws the same. The mixer is SplitMix64's (Steele, Lea, Flood 2014).
-static inline uint64_t mix64(uint64_t x) {
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
-    return x ^ (x >> 31);
-}
-static inline uint64_t random_u64(uint64_t seed, uint64_t stream, uint64_t index) {
-    const uint64_t golden = 0x9E3779B97F4A7C15ull;
-    return mix64(mix64(seed * golden + mix64(stream + 1)) + (index + 1) * golden);
-}
-static inline double random_uniform(uint64_t seed, uint64_t stream, uint64_t index) {  // in (0, 1)
-    return ((double)(random_u64(seed, stream, index) >> 11) + 0.5) * 0x1p-53;
-}
-static uint64_t stream_of(const char* name) {  // FNV-1a: a tensor's numbers follow its name, not its place
-    uint64_t h = 0xCBF29CE484222325ull;
-    for (; *name; name++) h = (h ^ (uint8_t)*name) * 0x100000001B3ull;
-    return h;
-}
-
-// x[i] = std * N(0,1) by Box-Muller, in double so that the last bit of a libm does not show.
-static void fill_normal(float* x, long n, float std, uint64_t seed, uint64_t stream) {
-    #pragma omp parallel for schedule(static)
-    for (long i = 0; i < n; i += 2) {
-        double r = sqrt(-2.0 * log(random_uniform(seed, stream, (uint64_t)i)));
-        double angle = 6.283185307179586 * random_uniform(seed, stream, (uint64_t)i + 1);
-        x[i] = (float)(std * (float)(r * cos(angle)));
-        if (i + 1 < n) x[i + 1] = (float)(std * (float)(r * sin(angle)));
-    }
-}
-
 // ---- Matmul --------------------------------------------------------------------------------------------
-// Nearly all of the time goes here, so it is the one function written for speed, after BLIS (Van Zee, van de
-// Geijn 2015). Both operands are copied, KC values of K at a time, into panels that the tile reads in order,
-// and rounded to FP8 on the way, so FP8 costs no memory. The tile keeps MR x NR sums in vector registers; its
-// size follows the register file: sums, one row of B and one broadcast of A must fit.
-#if defined(__AVX512F__)
-enum { LANES = 16, MR = 12, NV = 2 };  // 32 registers of 16 floats
-#elif defined(__AVX__)
-enum { LANES = 8, MR = 6, NV = 2 };    // 16 registers of 8 floats
-#elif defined(__aarch64__)
-enum { LANES = 4, MR = 8, NV = 3 };    // 32 registers of 4 floats
-#else
-enum { LANES = 4, MR = 6, NV = 2 };    // 16 registers of 4 floats
-#endif
-enum { NR = NV * LANES, KC = 256, NC = NR * (2048 / NR) };
-typedef float Vec __attribute__((vector_size(4 * LANES), may_alias));
-
+// Nearly all of the work is out(i,j) = alpha * sum over k of a(i,k) b(j,k), for i < M, j < N, k < K, added to
+// what is there if `accumulate`. Operands are rounded to their formats as they are read, the sum is FP32, and
+// the result is rounded to its own. out(i,j) is out[i*ld + j].
 // A matrix as matmul sees it: element (i, k) is p[i*row + k*col], rounded to `format` when it is read.
 typedef struct { const float* p; long row, col; Format format; } Operand;
 static inline Operand view(const float* p, long row, long col, Format format) {
     Operand x = {p, row, col, format};
     return x;
 }
-
-// Copies rows i0..i0+R-1 (zeros past `rows`), columns k0..k0+kc-1, into to[k][R], rounded.
-static inline void pack(float* to, const Operand* x, long i0, long rows, long k0, long kc, int R) {
-    const float* from = x->p + i0 * x->row + k0 * x->col;
-    int n = (int)min_l(R, rows - i0);
-    if (n < R) memset(to, 0, sizeof(float) * (size_t)(kc * R));
-    for (long k = 0; k < kc; k++, from += x->col, to += R) {
-        if (n < R) for (int i = 0; i < n; i++) to[i] = from[i * x->row];
-        else if (x->row == 1) memcpy(to, from, sizeof(float) * (size_t)R);
-        else for (int i = 0; i < R; i++) to[i] = from[i * x->row];
-    }
-    round_all(to - kc * R, kc * R, x->format);
-}
-
-// sums[i][j] = sum over k of a[k][i] * b[k][j], everything in registers.
-static inline void tile(Vec sums[MR][NV], const float* a, const float* b, long kc) {
-    Vec c[MR][NV];
-    memset(c, 0, sizeof c);
-    for (long k = 0; k < kc; k++, a += MR, b += NR)
-        for (int i = 0; i < MR; i++)
-            for (int j = 0; j < NV; j++) c[i][j] += a[i] * ((const Vec*)b)[j];
-    memcpy(sums, c, sizeof c);
-}
-
-// One row of a tile to memory; the loops of full length are unrolled into vectors.
-static inline void store(float* out, const float* sums, float alpha, long n, int add) {
-    if (n == NR && add) for (int j = 0; j < NR; j++) out[j] += alpha * sums[j];
-    else if (n == NR) for (int j = 0; j < NR; j++) out[j] = alpha * sums[j];
-    else for (int j = 0; j < n; j++) out[j] = (add ? out[j] : 0.0f) + alpha * sums[j];
-}
-
-// out[i*ld + j] = round(alpha * sum over k of a(i,k) b(j,k) (+ out, if accumulate)) for i < M, j < N, k < K.
-// The order of every sum depends on K alone, so the result is the same bits for any number of threads.
-static void matmul(float* out, long ld, Operand a, Operand b, long M, long N, long K, float alpha,
-                   int accumulate, Format format) {
-    int threads = (double)M * (double)N * (double)K < 1e6 ? 1 : max_threads();  // else not worth a wait
-    long blocks = threads * div_up(M, threads * 120);  // rows in about as many equal blocks for each thread
-    long mc = div_up(div_up(M, blocks), MR) * MR, row_blocks = div_up(M, mc);
-    float* packed_b = scratch(SCRATCH_B, (long)KC * NC);
-    #pragma omp parallel if (threads > 1)
-    {
-        float* packed_a = scratch(SCRATCH_A, mc * KC);
-        for (long n0 = 0; n0 < N; n0 += NC) {
-            long panels = div_up(min_l(NC, N - n0), NR);
-            long col_blocks = min_l(panels, div_up(threads, row_blocks)), width = div_up(panels, col_blocks);
-            for (long k0 = 0; k0 < K; k0 += KC) {
-                long kc = min_l(KC, K - k0);
-                if (n0 + k0 > 0) {
-                    #pragma omp barrier
-                }
-                #pragma omp for schedule(static)
-                for (long p = 0; p < panels; p++)
-                    pack(packed_b + p * KC * NR, &b, n0 + p * NR, N, k0, kc, NR);
-                #pragma omp for schedule(dynamic, 1) nowait
-                for (long block = 0; block < row_blocks * col_blocks; block++) {
-                    long i0 = block / col_blocks * mc, i1 = min_l(M, i0 + mc);
-                    long p0 = block % col_blocks * width, p1 = min_l(panels, p0 + width);
-                    for (long i = i0; i < i1; i += MR) pack(packed_a + (i - i0) * KC, &a, i, i1, k0, kc, MR);
-                    for (long p = p0; p < p1; p++)
-                        for (long i = i0; i < i1; i += MR) {
-                            Vec sums[MR][NV];
-                            tile(sums, packed_a + (i - i0) * KC, packed_b + p * KC * NR, kc);
-                            long n = min_l(NR, N - n0 - p * NR);
-                            for (long r = 0; r < min_l(MR, i1 - i); r++) {
-                                float* o = out + (i + r) * ld + n0 + p * NR;
-                                store(o, (const float*)sums[r], alpha, n, accumulate || k0 > 0);
-                                if (k0 + kc == K) round_all(o, n, format);
-                            }
-                        }
-                }
-            }
+__attribute__((unused)) static void matmul_plain(float* out, long ld, Operand a, Operand b, long M, long N,
+                                                 long K, float alpha, int accumulate, Format format) {
+    for (long i = 0; i < M; i++)
+        for (long j = 0; j < N; j++) {
+            float sum = 0, *o = &out[i * ld + j];
+            for (long k = 0; k < K; k++)
+                sum += round_to(a.p[i * a.row + k * a.col], a.format) *
+                       round_to(b.p[j * b.row + k * b.col], b.format);
+            *o = round_to((accumulate ? *o : 0.0f) + alpha * sum, format);
         }
-    }
 }
+// The same, but for the order of each sum, a hundred times as fast: part two has it.
+static void matmul(float* out, long ld, Operand a, Operand b, long M, long N, long K, float alpha,
+                   int accumulate, Format format);
 
 // ---- Layers --------------------------------------------------------------------------------------------
 // Each is a forward and a backward. Gradients named dX belong to X; a weight gradient is added to, every
 // other gradient is written. `format` is what the result is rounded to.
 
-// e^x to 2 units in the last place. A libm call would keep the loops over GELU and softmax from vectorizing.
-// e^x = 2^n e^r with n = round(x / ln 2), |r| <= ln(2)/2, e^r by its series; NaN passes through.
-BOTH static inline float fast_exp(float x) {
-#ifdef __CUDA_ARCH__
-    return __expf(x);  // a GPU has an instruction for it, good to 2 + 1.2 |x| units
-#endif
-    x = x < -87.3f ? -87.3f : x > 88.3f ? 88.3f : x;
-    float t = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are n
-    float n = t - 12582912.0f, r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    float p = 1.0f + r * (1.0f + r * (0.5f + r * (0.166666667f + r * (0.0416666667f + r * (0.00833333333f +
-              r * 0.00138888889f)))));
-    return p * bits_float((float_bits(t) << 23) + 0x3F800000u);
-}
-BOTH static inline float sigmoid(float x) {
-#ifdef __CUDA_ARCH__
-    return __fdividef(1.0f, 1.0f + fast_exp(-x));
-#endif
-    return 1.0f / (1.0f + fast_exp(-x));
-}
-
-// Linear: Y = alpha X W^T. All three matmuls carry the same alpha ([µS] table 1); no biases.
+// Linear: Y = alpha X W^T, without biases. This constant is the method ([µS] table 1): where the entries of
+// X and W have variance 1, a sum of I = fan_in products has variance I, and alpha = 1/sqrt(I) makes it 1
+// again.
+//   Forward alone decides alpha. dX = alpha dY W is a sum over the O outputs: its variance is O/I times dY's.
+// Its RMS doubles through `up`, halves through `down`, and grows by sqrt(3) through `qkv`; E5M2 has thirty
+// octaves. With a constant of its own, dX would not be the gradient of this Y. dW = alpha dY^T X could have
+// any: Lion takes its sign, AdamW divides it by its own size.
 static void linear_forward(float* y, const float* x, const float* w,    // (N,O), (N,I), (O,I)
                            float alpha, const Precision* p, long N, long I, long O) {
     matmul(y, O, view(x, I, 1, p->operand), view(w, I, 1, p->operand), N, O, I, alpha, 0, p->stream);
@@ -442,7 +205,8 @@ static void linear_backward(float* dx, float* dw,                               
     matmul(dw, I, view(dy, 1, O, p->gradient), view(x, 1, I, p->operand), O, I, N, alpha, 1, FP32);
 }
 
-// out = a x + b y: the residual sum of a branch without LayerNorm at its end, and of every backward.
+// out = a x + b y. The sums of the stream and a branch: sp's forward and us's backward, whose others are part
+// of LayerNorm. With b = 0 a multiple of x.
 static void weighted_sum(float* out, float a, const float* x, float b, const float* y,
                          long n, Format format) {
     #pragma omp parallel for schedule(static)
@@ -477,7 +241,9 @@ static void layernorm_forward(float* out, float* mean, float* rstd,             
     }
 }
 
-// The gradient on LN's output is b dout; dx = a dskip + that on LN's input (dskip = NULL: the latter alone).
+// With d = b dout, the gradient at LN's output, xh = (x - mean) rstd and dh = d gain: dgain = sum of d xh,
+// dbias = sum of d, and dx = rstd (dh - mean(dh) - xh mean(dh xh)). Where LayerNorm reads the stream (sp),
+// its own gradient is added: dx = a dskip + that.
 static void layernorm_backward(float* dx, float* dgain, float* dbias,                      // (N,C), (C), (C)
                                const float* dout, const float* x, const float* mean, const float* rstd,
                                const float* gain, const float* dskip, float a, float b, long N, long C,
@@ -514,6 +280,26 @@ static void layernorm_backward(float* dx, float* dgain, float* dbias,           
             dgain[c] += sums[chunk * 2 * C + c];
             dbias[c] += sums[chunk * 2 * C + C + c];
         }
+}
+
+// e^x to 2 units in the last place. A libm call would keep the loops over GELU and softmax from vectorizing.
+// e^x = 2^n e^r with n = round(x / ln 2), |r| <= ln(2)/2, e^r by its series; NaN passes through.
+BOTH static inline float fast_exp(float x) {
+#ifdef __CUDA_ARCH__
+    return __expf(x);  // a GPU has an instruction for it, good to 2 + 1.2 |x| units
+#endif
+    x = x < -87.3f ? -87.3f : x > 88.3f ? 88.3f : x;
+    float t = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are n
+    float n = t - 12582912.0f, r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = 1.0f + r * (1.0f + r * (0.5f + r * (0.166666667f + r * (0.0416666667f + r * (0.00833333333f +
+              r * 0.00138888889f)))));
+    return p * bits_float((float_bits(t) << 23) + 0x3F800000u);
+}
+BOTH static inline float sigmoid(float x) {
+#ifdef __CUDA_ARCH__
+    return __fdividef(1.0f, 1.0f + fast_exp(-x));
+#endif
+    return 1.0f / (1.0f + fast_exp(-x));
 }
 
 // Activations ([µS] A.7). GELU in its tanh form is x sigmoid(2u): 0.5 (1 + tanh(u)) = sigmoid(2u).
@@ -600,9 +386,9 @@ static void attention_backward(float* dqkv, const float* dy, const float* qkv,  
     const long D = C / H, row = 3 * C;
     #pragma omp parallel for schedule(dynamic, 1)
     for (long bh = 0; bh < B * H; bh++) {
-        long head = bh / H * T * row + bh % H * D;
-        const float *q = qkv + head, *k = q + C, *v = k + C;
-        float *dq = dqkv + head, *dk = dq + C, *dv = dk + C;
+        long first = bh / H * T * row + bh % H * D;
+        const float *q = qkv + first, *k = q + C, *v = k + C;
+        float *dq = dqkv + first, *dk = dq + C, *dv = dk + C;
         float *P = scratch(SCRATCH_P, QUERIES * T), *dP = scratch(SCRATCH_DP, QUERIES * T);
         for (long t = (T - 1) / QUERIES * QUERIES; t >= 0; t -= QUERIES) {
             long n = min_l(QUERIES, T - t), keys = t + n;
@@ -648,10 +434,13 @@ static void embedding_backward(float* dwte, float* dwpe, const float* dx, const 
             }
 }
 
-// Cross-entropy of each row; with want_gradient, the logits become their gradient, scale (softmax - onehot).
-// The mean's 1/N and the head's multiplier are left out on purpose: the whole backward pass runs on S = N C
-// (sp: N) times the true gradient, without which E5M2 would flush almost all of it to zero (OURS); scale is 1
-// but for the test of that. Padded columns V..Vp-1 take no part.
+// Cross-entropy of each row; with want_gradient, the logits become their gradient, scale (softmax - onehot),
+// in place. Padded columns V..Vp-1 take no part.
+//   Two factors are left out (OURS): here 1/R, for the mean over the R rows of a step, and in model_backward
+// the head's alpha, 1/C (sp: 1). So every gradient is S = R C (sp: R) times the true one, a constant known
+// beforehand: 131,072 for R = 1024, C = 128. Without S, what reaches the hidden linears would nearly all lie
+// under half of E5M2's least number, 1.5e-5, and be flushed to zero. Two places know of S: rates(), for
+// AdamW's epsilon, and gradient_norm(). A test sets scale to 1/S and shows the flushing.
 static void loss_forward_backward(float* losses, float* logits, const int* targets,     // (N), (N,Vp), (N)
                                   int want_gradient, float scale, long N, long V, long Vp, Format format) {
     #pragma omp parallel for schedule(static)
@@ -669,7 +458,7 @@ static void loss_forward_backward(float* losses, float* logits, const int* targe
     }
 }
 
-// ---- The model -----------------------------------------------------------------------------------------
+// ---- The scheme ----------------------------------------------------------------------------------------
 // A scheme is data: all that tells µS from the standard parametrization, and nothing else does.
 typedef struct {
     const char* name;
@@ -683,11 +472,34 @@ typedef struct {
     float lr_power;         // hidden matrices learn at lr (C/d_base)^lr_power
 } Scheme;
 static const Scheme SCHEMES[] = {
-    // µS ([µS] eq. 11, table 2). OURS: the sum of two unit-variance embeddings is kept at unit variance.
-    {"us", 1, 1, 0.70710678f, -0.5f, -1.0f, 1.0f, 0.0f, -0.5f},
-    // The baseline: the standard parametrization of GPT-2 (Radford et al. 2019), untied and without biases.
-    {"sp", 0, 0, 1.0f, 0.0f, 0.0f, 0.02f, -0.5f, 0.0f},
+    {   // µS
+        .name = "us",
+        .norm_last = 1,                  // [µS] eq. 11, fig. 4a
+        .use_tau = 1,                    // [µS] eq. 11
+        .embedding_scale = 0.70710678f,  // 1/sqrt(2), OURS: two embeddings of variance 1 add up to variance 1
+        .hidden_power = -0.5f,           // 1/sqrt(fan_in): [µS] table 2
+        .head_power = -1.0f,             // 1/fan_in: [µS] table 2
+        .init_std = 1.0f,                // N(0,1): [µS] table 2
+        .residual_power = 0.0f,
+        .lr_power = -0.5f,               // lr sqrt(d_base/C): [µS] table 2
+    },
+    {   // The baseline: GPT-2's standard parametrization (Radford et al. 2019), untied, no biases in linears.
+        .name = "sp",
+        .norm_last = 0,
+        .use_tau = 0,
+        .embedding_scale = 1.0f,
+        .hidden_power = 0.0f,
+        .head_power = 0.0f,
+        .init_std = 0.02f,               // in place of alpha: right at one width
+        .residual_power = -0.5f,         // 1/sqrt(2L), for 2L branches add up
+        .lr_power = 0.0f,                // one rate for all
+    },
 };
+
+// tau, the share of a branch in the stream's variance, depends on depth only ([µS] 3.1, fig. 5, 9). The
+// paper plots it; OURS is the curve through 0.4 at 4 blocks and about 0.1 at 100: 0.4 (4/L)^0.43 is 0.1002
+// there.
+static float default_tau(int layers) { return fminf(0.4f, 0.4f * powf(4.0f / (float)layers, 0.43f)); }
 
 // All settings of a run. The command line fills it; a checkpoint stores it.
 enum { LION, ADAMW };
@@ -702,6 +514,7 @@ typedef struct {
     uint64_t data, val_data;  // which data that is: see tokens_hash
 } Config;
 
+// ---- The tensors ---------------------------------------------------------------------------------------
 typedef enum { DIM_1, DIM_C, DIM_3C, DIM_4C, DIM_T, DIM_VP } Dim;
 static long dim_of(const Config* c, Dim d) {
     const long sizes[] = {1, c->width, 3L * c->width, 4L * c->width, c->seq, div_up(c->vocab, 128) * 128L};
@@ -710,25 +523,25 @@ static long dim_of(const Config* c, Dim d) {
 
 // The table of tensors. It alone drives allocation, init, optimizer, checkpoint and printing.
 enum { QKV, OUT, UP, DOWN, LN1_GAIN, LN1_BIAS, LN2_GAIN, LN2_BIAS,  // in every block
-       WTE, WPE, LNF_GAIN, LNF_BIAS, HEAD, TENSOR_KINDS, BLOCK_TENSORS = WTE };
+       WTE, WPE, LNF_GAIN, LNF_BIAS, HEAD,                          // once
+       TENSOR_KINDS, BLOCK_TENSORS = WTE };
 typedef enum { INIT_NORMAL, INIT_RESIDUAL, INIT_ONE, INIT_ZERO } Init;
+// hidden: FP8 operands in its matmul, and the width's learning rate. decays: OURS, gains and biases do not.
 typedef struct { const char* name; Dim rows, fan_in; int hidden, decays; Init init; } TensorKind;
 static const TensorKind TENSORS[TENSOR_KINDS] = {
-    // name       rows    fan_in  hidden: FP8 operand, learns by the width rule
-    //                            |  decays (OURS: gains and biases do not)
-    {"qkv",      DIM_3C, DIM_C,  1, 1, INIT_NORMAL},  // rows: all heads' Q, then K, then V
-    {"out",      DIM_C,  DIM_C,  1, 1, INIT_RESIDUAL},
-    {"up",       DIM_4C, DIM_C,  1, 1, INIT_NORMAL},
-    {"down",     DIM_C,  DIM_4C, 1, 1, INIT_RESIDUAL},
-    {"ln1.gain", DIM_1,  DIM_C,  0, 0, INIT_ONE},
-    {"ln1.bias", DIM_1,  DIM_C,  0, 0, INIT_ZERO},
-    {"ln2.gain", DIM_1,  DIM_C,  0, 0, INIT_ONE},
-    {"ln2.bias", DIM_1,  DIM_C,  0, 0, INIT_ZERO},
-    {"wte",      DIM_VP, DIM_C,  0, 1, INIT_NORMAL},
-    {"wpe",      DIM_T,  DIM_C,  0, 1, INIT_NORMAL},
-    {"lnf.gain", DIM_1,  DIM_C,  0, 0, INIT_ONE},
-    {"lnf.bias", DIM_1,  DIM_C,  0, 0, INIT_ZERO},
-    {"head",     DIM_VP, DIM_C,  0, 1, INIT_NORMAL},
+    {.name = "qkv", .rows = DIM_3C, .fan_in = DIM_C, .hidden = 1, .decays = 1, .init = INIT_NORMAL},
+    {.name = "out", .rows = DIM_C, .fan_in = DIM_C, .hidden = 1, .decays = 1, .init = INIT_RESIDUAL},
+    {.name = "up", .rows = DIM_4C, .fan_in = DIM_C, .hidden = 1, .decays = 1, .init = INIT_NORMAL},
+    {.name = "down", .rows = DIM_C, .fan_in = DIM_4C, .hidden = 1, .decays = 1, .init = INIT_RESIDUAL},
+    {.name = "ln1.gain", .rows = DIM_1, .fan_in = DIM_C, .hidden = 0, .decays = 0, .init = INIT_ONE},
+    {.name = "ln1.bias", .rows = DIM_1, .fan_in = DIM_C, .hidden = 0, .decays = 0, .init = INIT_ZERO},
+    {.name = "ln2.gain", .rows = DIM_1, .fan_in = DIM_C, .hidden = 0, .decays = 0, .init = INIT_ONE},
+    {.name = "ln2.bias", .rows = DIM_1, .fan_in = DIM_C, .hidden = 0, .decays = 0, .init = INIT_ZERO},
+    {.name = "wte", .rows = DIM_VP, .fan_in = DIM_C, .hidden = 0, .decays = 1, .init = INIT_NORMAL},
+    {.name = "wpe", .rows = DIM_T, .fan_in = DIM_C, .hidden = 0, .decays = 1, .init = INIT_NORMAL},
+    {.name = "lnf.gain", .rows = DIM_1, .fan_in = DIM_C, .hidden = 0, .decays = 0, .init = INIT_ONE},
+    {.name = "lnf.bias", .rows = DIM_1, .fan_in = DIM_C, .hidden = 0, .decays = 0, .init = INIT_ZERO},
+    {.name = "head", .rows = DIM_VP, .fan_in = DIM_C, .hidden = 0, .decays = 1, .init = INIT_NORMAL},
 };
 typedef struct {
     char name[32];            // as in a checkpoint: h.0.qkv
@@ -738,31 +551,33 @@ typedef struct {
     Format operand;           // what its matmul reads it as
 } Tensor;
 
-// The table of buffers: what forward keeps for backward, one for each block or one in all, and the gradients.
+// The table of buffers: what forward keeps for backward, then gradients, which all blocks use in turn.
 enum { A_NORM1, A_QKV, A_Y, A_OUT, A_MEAN1, A_RSTD1, A_MID,   // in every block
        A_NORM2, A_UP, A_G, A_DOWN, A_MEAN2, A_RSTD2, A_X,
-       A_X0, A_LNF, A_MEANF, A_RSTDF, A_LOGITS, A_LOSSES, D_X, D_BRANCH, D_INPUT, D_WIDE,
+       A_X0, A_LNF, A_MEANF, A_RSTDF, A_LOGITS, A_LOSSES,     // once
+       D_X, D_BRANCH, D_NARROW, D_WIDE,                       // gradients: see block_backward
        BUFFERS, BLOCK_BUFFERS = A_X0 };
 static const struct { const char* name; Dim width; } BUFFER_KINDS[BUFFERS] = {
     {"norm1", DIM_C}, {"qkv", DIM_3C}, {"y", DIM_C}, {"out", DIM_C}, {"mean1", DIM_1}, {"rstd1", DIM_1},
     {"mid", DIM_C}, {"norm2", DIM_C}, {"up", DIM_4C}, {"g", DIM_4C}, {"down", DIM_C}, {"mean2", DIM_1},
     {"rstd2", DIM_1}, {"x", DIM_C},
     {"x0", DIM_C}, {"lnf", DIM_C}, {"meanf", DIM_1}, {"rstdf", DIM_1}, {"logits", DIM_VP}, {"losses", DIM_1},
-    {"dx", DIM_C}, {"dbranch", DIM_C}, {"dinput", DIM_C}, {"dwide", DIM_4C},
+    {"dx", DIM_C}, {"dbranch", DIM_C}, {"dnarrow", DIM_C}, {"dwide", DIM_4C},
 };
 
-// Statistics of one tensor; a row is a matmul's input, weight and output gradient, or the stream alone.
+// Is every tensor where its format can hold it? Measured where it is read, if m->stats_on: part two.
 typedef struct { Format format; double rms, max, flushed, saturated; } Stat;
-typedef struct { char name[32]; Stat stat[3]; } StatRow;
+typedef struct { char name[32]; Stat stat[3]; } StatRow;  // a matmul's input, weight, output gradient
 
+// ---- The model -----------------------------------------------------------------------------------------
 typedef struct {
     Config c;
     const Scheme* scheme;
-    const Precision *hidden, *head;      // number formats of the hidden linears, of the head
-    Tensor* tensors;
+    const Precision *precision, *head_precision;  // number formats of stream and hidden linears, of the head
+    Tensor* tensors;                     // of block 0, 1, ...; then those that are there once
     int num_tensors;
     long num_params, rows, vp;           // floats in all; N = B*T of one batch; padded vocabulary
-    float a, b;                          // coefficients of the stream and of a branch
+    float skip_coef, branch_coef;        // a sum of the stream and a branch: sqrt(1-tau), sqrt(tau); sp: 1, 1
     double grad_scale;                   // S: gradients are S times the true ones
     float loss_scale;                    // 1; tests turn S off with it
     int training;                        // or else only to run forward
@@ -774,16 +589,19 @@ typedef struct {
     StatRow* stats;                      // 1 + 5 L + 1
 } Model;
 
-static Tensor* tensor(const Model* m, int block, int kind) {  // any block for what is there once
-    return m->tensors + (kind >= BLOCK_TENSORS ? m->c.layers - 1 : block) * BLOCK_TENSORS + kind;
+static Tensor* tensor(const Model* m, int l, int kind) {  // any l for what is there once
+    const int blocks_before = kind < BLOCK_TENSORS ? l : m->c.layers;
+    return m->tensors + blocks_before * BLOCK_TENSORS + (kind < BLOCK_TENSORS ? kind : kind - BLOCK_TENSORS);
 }
 static float* param(const Model* m, int l, int kind) { return m->params + tensor(m, l, kind)->offset; }
 static float* grad(const Model* m, int l, int kind) { return m->grads + tensor(m, l, kind)->offset; }
-static int kept(const Model* m, int kind) {  // how often a buffer is there: --recompute keeps the stream only
+// Copies of a buffer: one per block or one for all. --recompute keeps only a block's x, and backward computes
+// the rest of it again.
+static int kept(const Model* m, int kind) {
     return kind >= BLOCK_BUFFERS || (m->c.recompute && kind != A_X) ? 1 : m->c.layers;
 }
-static float* buffer(const Model* m, int block, int kind, long row) {
-    long at = kept(m, kind) == 1 ? row : block * m->rows + row;
+static float* buffer(const Model* m, int l, int kind, long row) {
+    long at = kept(m, kind) == 1 ? row : l * m->rows + row;
     return m->buffers[kind] + at * dim_of(&m->c, BUFFER_KINDS[kind].width);
 }
 // Floats in a buffer. Without pre-LayerNorm a linear reads the stream itself.
@@ -793,28 +611,25 @@ static double buffer_size(const Model* m, int kind) {
     return width * (double)m->rows * kept(m, kind);
 }
 
-// tau depends on depth only: 0.4 at L = 4, about 0.1 at L = 100 ([µS] 3.1, fig. 5, 9); the power is OURS.
-static float default_tau(int layers) { return fminf(0.4f, 0.4f * powf(4.0f / (float)layers, 0.43f)); }
-
 // Lays out a model for the settings c, with nothing allocated but its table.
 static void model_layout(Model* m, const Config* c) {
     memset(m, 0, sizeof *m);
     m->c = *c;
     m->scheme = &SCHEMES[c->scheme];
-    m->hidden = &PRECISIONS[c->precision];
-    m->head = m->hidden->stream == FP32 ? &PRECISIONS[0] : &PRECISIONS[1];
-    m->a = m->scheme->use_tau ? sqrtf(1.0f - c->tau) : 1.0f;
-    m->b = m->scheme->use_tau ? sqrtf(c->tau) : 1.0f;
+    m->precision = &PRECISIONS[c->precision];
+    m->head_precision = m->precision->stream == FP32 ? &PRECISIONS[0] : &PRECISIONS[1];  // never FP8: [µS] 3
+    m->skip_coef = m->scheme->use_tau ? sqrtf(1.0f - c->tau) : 1.0f;
+    m->branch_coef = m->scheme->use_tau ? sqrtf(c->tau) : 1.0f;
     m->rows = (long)c->batch * c->seq;
     m->vp = dim_of(c, DIM_VP);
     m->num_tensors = c->layers * BLOCK_TENSORS + TENSOR_KINDS - BLOCK_TENSORS;
     m->tensors = (Tensor*)alloc(sizeof(Tensor) * (double)m->num_tensors);
     for (int i = 0; i < m->num_tensors; i++) {
-        int block = i / BLOCK_TENSORS, once = i - (c->layers - 1) * BLOCK_TENSORS;
+        const int l = i / BLOCK_TENSORS, in_block = l < c->layers;
         Tensor* t = &m->tensors[i];
-        const TensorKind* k = t->kind = &TENSORS[once < BLOCK_TENSORS ? i % BLOCK_TENSORS : once];
-        if (once < BLOCK_TENSORS) snprintf(t->name, sizeof t->name, "h.%d.%s", block, k->name);
-        else snprintf(t->name, sizeof t->name, "%s", k->name);
+        const TensorKind* k = t->kind = &TENSORS[in_block ? i % BLOCK_TENSORS
+                                                          : i - (c->layers - 1) * BLOCK_TENSORS];
+        snprintf(t->name, sizeof t->name, "%s%s", in_block ? form("h.%d.", l) : "", k->name);
         t->rows = dim_of(c, k->rows);
         t->cols = dim_of(c, k->fan_in);
         t->offset = m->num_params;
@@ -822,43 +637,13 @@ static void model_layout(Model* m, const Config* c) {
         float power = k->hidden ? m->scheme->hidden_power : k == &TENSORS[HEAD] ? m->scheme->head_power : 0;
         t->alpha = powf((float)t->cols, power);
         t->lr_factor = powf((float)c->width / (float)c->base_width, k->hidden ? m->scheme->lr_power : 0);
-        t->operand = k->hidden ? m->hidden->operand : k->rows == DIM_1 ? FP32 : m->head->operand;
+        t->operand = k->hidden ? m->precision->operand : k->rows == DIM_1 ? FP32 : m->head_precision->operand;
     }
-    // us: S = N C; sp: S = N
+    // S, see loss_forward_backward: the mean over a step's rows and the head's alpha are left out.
     m->grad_scale = (double)m->rows * c->accum * pow(c->width, -m->scheme->head_power);
     m->loss_scale = 1.0f;
 }
 
-// A smaller batch in the same buffers, as the last of a validation is.
-static void model_batch(Model* m, long batch) {
-    m->c.batch = (int)batch;
-    m->rows = batch * m->c.seq;
-}
-
-static float* floats(double n) { return (float*)alloc(4.0 * n); }
-static void model_alloc_params(Model* m, int training) {
-    m->training = training;
-    m->params = floats((double)m->num_params);
-    if (training) m->grads = floats((double)m->num_params), m->m = floats((double)m->num_params);
-    if (training && m->c.optimizer == ADAMW) m->v = floats((double)m->num_params);
-}
-static void model_alloc_batch(Model* m) {
-    m->inputs = (int*)floats((double)m->rows);
-    m->targets = (int*)floats((double)m->rows);
-    m->stats = (StatRow*)alloc(sizeof(StatRow) * (2.0 + 5.0 * m->c.layers));
-}
-static void model_alloc_buffers(Model* m) {
-    for (int k = 0; k < BUFFERS; k++) m->buffers[k] = floats(buffer_size(m, k));
-    model_alloc_batch(m);
-}
-static void model_free(Model* m) {
-    void* const all[] = {m->params, m->grads, m->m, m->v, m->inputs, m->targets, m->tensors, m->stats};
-    for (int i = 0; i < 8; i++) free(all[i]);
-    for (int k = 0; k < BUFFERS; k++) free(m->buffers[k]);
-    memset(m, 0, sizeof *m);
-}
-
-// us: N(0,1) for every matrix and both embeddings; gains 1, biases 0.
 static void tensor_init(float* w, const Model* m, const Tensor* t) {
     float std = m->scheme->init_std;
     if (t->kind->init == INIT_RESIDUAL) std *= powf(2.0f * (float)m->c.layers, m->scheme->residual_power);
@@ -867,168 +652,107 @@ static void tensor_init(float* w, const Model* m, const Tensor* t) {
     else for (long k = 0; k < t->cols; k++) w[k] = t->kind->init == INIT_ONE ? 1.0f : 0.0f;
 }
 
-// ---- Unit-scale statistics -----------------------------------------------------------------------------
-typedef struct { float square, nonzero, flushed, saturated, max; } StatSums;  // of a part of a tensor
-static void stat_finish(Stat* s, const StatSums* sums, long parts, long n, Format format) {
-    double square = 0, nonzero = 0, flushed = 0, saturated = 0, max = 0;
-    for (long k = 0; k < parts; k++) {
-        square += sums[k].square, nonzero += sums[k].nonzero, flushed += sums[k].flushed;
-        saturated += sums[k].saturated, max = fmax(max, sums[k].max);
-    }
-    s->format = format;
-    s->rms = sqrt(square / (double)n);
-    s->max = max;
-    s->flushed = flushed / fmax(nonzero, 1);
-    s->saturated = saturated / (double)n;
-}
-// Is every tensor where its format can hold it? RMS and largest magnitude before the cast, the share of
-// non-zero values that the cast flushes to zero, and the share beyond its largest value.
-static void stat_measure(Stat* s, const float* x, long n, Format format) {
-    enum { CHUNK = 16384 };  // fixed, so that the sums do not depend on the number of threads
-    const long chunks = div_up(n, CHUNK);
-    StatSums* sums = (StatSums*)scratch(SCRATCH_SUMS, chunks * 5);
-    #pragma omp parallel for schedule(static)
-    for (long k = 0; k < chunks; k++) {
-        float square = 0, max = 0, nonzero = 0, flushed = 0, saturated = 0;
-        #pragma omp simd reduction(+ : square, nonzero, flushed, saturated) reduction(max : max)
-        for (long i = k * CHUNK; i < min_l(n, (k + 1) * CHUNK); i++) {
-            float v = format == FP32 ? x[i] : round_bf16(x[i]), a = fabsf(v);
-            float cast = fabsf(format == E4M3 ? round_fp8(v, E4M3) : format == E5M2 ? round_fp8(v, E5M2) : v);
-            square += v * v;
-            max = a > max ? a : max;
-            nonzero += a != 0.0f ? 1.0f : 0.0f;
-            flushed += a != 0.0f && cast == 0.0f ? 1.0f : 0.0f;
-            saturated += a > FORMATS[format].max ? 1.0f : 0.0f;
-        }
-        const StatSums chunk = {square, nonzero, flushed, saturated, max};
-        sums[k] = chunk;
-    }
-    stat_finish(s, sums, chunks, n, format);
-}
-// Rows: 0 the embeddings' sum; for each block qkv, out, up, down and the stream after it; last the head.
-static int stat_row(const Model* m, int block, int kind) {
-    return kind == HEAD ? 1 + 5 * m->c.layers : 1 + 5 * block + kind;
-}
-static Stat* stat_at(Model* m, int row, const char* name, int operand) {
-    snprintf(m->stats[row].name, sizeof m->stats[row].name, "%s", name);
-    return &m->stats[row].stat[operand];
-}
-static void stat_record(Model* m, int row, const char* name, int operand, const float* x, long n, Format f) {
-    if (m->stats_on) stat_measure(stat_at(m, row, name, operand), x, n, f);
+// ---- Forward -------------------------------------------------------------------------------------------
+// t0 > 0 continues one sequence (B = 1) whose earlier rows are there: N rows from t0 on are computed.
+
+static int stat_row(const Model* m, int l, int kind);
+static void stat_record(Model* m, int row, const char* name, int operand, const float* x, long n, Format f);
+
+// Told after each operation what it has written, n floats of a buffer: tests look, `make bench` takes the
+// time.
+static void (*watch)(Model* m, int l, int kind, long n);
+static void wrote(Model* m, int l, int kind, long n) {
+    if (watch) watch(m, l, kind, n);
 }
 
-// ---- Forward and backward of the model -----------------------------------------------------------------
-// t0 > 0 continues one sequence (B = 1) whose earlier rows are there.
-
-// Tests look at every buffer as soon as it is written, n floats of it, and may replace them.
-static void (*watch)(Model* m, int block, int kind, long n);
-static void watched(Model* m, int block, int kind, long n) {
-    if (watch) watch(m, block, kind, n);
-}
-
-// A block is two branches, each x += branch(x) in its scheme's way: (LayerNorm,) a linear that widens,
-// attention or activation, a linear that narrows, (LayerNorm,) the weighted sum with the stream.
-enum { ATTENTION, MLP, FINAL };  // FINAL: only the LayerNorm before the head
-typedef struct { int gain, bias, mean, rstd, norm, wide, inner, last, out, first, second; } Branch;
-static const Branch BRANCHES[] = {
-    {LN1_GAIN, LN1_BIAS, A_MEAN1, A_RSTD1, A_NORM1, A_QKV, A_Y, A_OUT, A_MID, QKV, OUT},
-    {LN2_GAIN, LN2_BIAS, A_MEAN2, A_RSTD2, A_NORM2, A_UP, A_G, A_DOWN, A_X, UP, DOWN},
-    {LNF_GAIN, LNF_BIAS, A_MEANF, A_RSTDF, A_LNF, 0, 0, 0, 0, 0, 0}};
-static const float* stream_before(const Model* m, int l, int mlp, long row) {
-    return mlp ? buffer(m, l, A_MID, row) : l ? buffer(m, l - 1, A_X, row) : buffer(m, 0, A_X0, row);
-}
-static const float* branch_input(const Model* m, int l, int mlp, long row) {
-    return m->scheme->norm_last ? stream_before(m, l, mlp, row) : buffer(m, l, BRANCHES[mlp].norm, row);
-}
-
-static void norm_forward(Model* m, int l, int branch, float* out, const float* x, const float* skip,
-                         long row, long N) {
-    const Branch* b = &BRANCHES[branch];
-    layernorm_forward(out, buffer(m, l, b->mean, row), buffer(m, l, b->rstd, row), x, param(m, l, b->gain),
-                      param(m, l, b->bias), skip, m->a, skip ? m->b : 1.0f, N, m->c.width, m->hidden->stream);
-}
-static void norm_backward(Model* m, int l, int branch, float* dx, const float* dout, const float* x,
-                          const float* dskip, float scale) {
-    const Branch* b = &BRANCHES[branch];
-    layernorm_backward(dx, grad(m, l, b->gain), grad(m, l, b->bias), dout, x, buffer(m, l, b->mean, 0),
-                       buffer(m, l, b->rstd, 0), param(m, l, b->gain), dskip, m->a, scale, m->rows,
-                       m->c.width, m->hidden->stream);
-}
-
-static void hidden_forward(Model* m, int l, int kind, float* y, const float* x, long N) {
+// y = linear(x) with block l's matrix `kind`, and statistics of what it reads.
+static void linear(Model* m, int l, int kind, float* y, const float* x, long N) {
     const Tensor* t = tensor(m, l, kind);
     const float* w = param(m, l, kind);
     stat_record(m, stat_row(m, l, kind), t->name, 0, x, N * t->cols, t->operand);
     stat_record(m, stat_row(m, l, kind), t->name, 1, w, t->rows * t->cols, t->operand);
-    linear_forward(y, x, w, t->alpha, m->hidden, N, t->cols, t->rows);
-    lap(LAP_LINEAR);
+    linear_forward(y, x, w, t->alpha, m->precision, N, t->cols, t->rows);
 }
-static void hidden_backward(Model* m, int l, int kind, float* dx, const float* dy, const float* x) {
-    const Tensor* t = tensor(m, l, kind);
-    const float* w = param(m, l, kind);
-    stat_record(m, stat_row(m, l, kind), t->name, 2, dy, m->rows * t->rows, m->hidden->gradient);
-    linear_backward(dx, grad(m, l, kind), dy, x, w, t->alpha, m->hidden, m->rows, t->cols, t->rows);
-    lap(LAP_LINEAR);
+// out = skip_coef skip + branch_coef LN(x), or without skip LN(x).
+static void norm(Model* m, int l, int gain, int bias, float* out, float* mean, float* rstd, const float* x,
+                 const float* skip, long N) {
+    layernorm_forward(out, mean, rstd, x, param(m, l, gain), param(m, l, bias), skip, m->skip_coef,
+                      skip ? m->branch_coef : 1.0f, N, m->c.width, m->precision->stream);
 }
 
+// What forward keeps of a block: (N,C), but qkv (N,3C), up and g (N,4C), means and rstds (N). In the order of
+// the table of buffers.
+typedef struct {
+    float *norm1, *qkv, *y, *out, *mean1, *rstd1, *mid, *norm2, *up, *g, *down, *mean2, *rstd2, *x;
+} Block;
+static Block block_of(const Model* m, int l, long row) {
+    Block b;
+    for (int k = 0; k < BLOCK_BUFFERS; k++) ((float**)&b)[k] = buffer(m, l, k, row);
+    return b;
+}
+static const float* stream_before(const Model* m, int l, long row) {
+    return l ? buffer(m, l - 1, A_X, row) : buffer(m, 0, A_X0, row);
+}
+
+// Block l. The schemes differ in where LayerNorm stands: at the end of a branch, in one operation with the
+// sum (us: post), or at its beginning (sp).
 static void block_forward(Model* m, int l, long B, long t0, long T) {
     const long C = m->c.width, N = B * T - t0;
-    const Format stream = m->hidden->stream;
-    for (int mlp = 0; mlp < 2; mlp++) {
-        const Branch* b = &BRANCHES[mlp];
-        const float* x = stream_before(m, l, mlp, t0);
-        float *wide = buffer(m, l, b->wide, t0), *inner = buffer(m, l, b->inner, t0);
-        float *last = buffer(m, l, b->last, t0), *out = buffer(m, l, b->out, t0);
-        if (!m->scheme->norm_last) {
-            norm_forward(m, l, mlp, buffer(m, l, b->norm, t0), x, NULL, t0, N);
-            watched(m, l, b->norm, N * C);
-        }
-        lap(LAP_NORM);
-        hidden_forward(m, l, b->first, wide, branch_input(m, l, mlp, t0), N);
-        watched(m, l, b->wide, N * (mlp ? 4 : 3) * C);
-        if (mlp) activation_forward(inner, wide, (Activation)m->c.activation, N * 4 * C, stream);
-        else attention_forward(buffer(m, l, A_Y, 0), buffer(m, l, A_QKV, 0), B, t0, T, C, m->c.heads, stream);
-        watched(m, l, b->inner, N * (mlp ? 4 : 1) * C);
-        lap(mlp ? LAP_ACTIVATION : LAP_ATTENTION);
-        hidden_forward(m, l, b->second, last, inner, N);
-        watched(m, l, b->last, N * C);
-        if (m->scheme->norm_last) norm_forward(m, l, mlp, out, last, x, t0, N);
-        else weighted_sum(out, m->a, x, m->b, last, N * C, stream);
-        watched(m, l, b->out, N * C);
-        lap(LAP_NORM);
-        if (mlp) stat_record(m, 5 * (l + 1), form("h.%d.x", l), 0, out, N * C, stream);
-    }
+    const Format f = m->precision->stream;
+    const int post = m->scheme->norm_last;
+    const Block b = block_of(m, l, t0), all = block_of(m, l, 0);
+    const float* before = stream_before(m, l, t0);
+
+    if (!post) norm(m, l, LN1_GAIN, LN1_BIAS, b.norm1, b.mean1, b.rstd1, before, NULL, N);
+    if (!post) wrote(m, l, A_NORM1, N * C);
+    linear(m, l, QKV, b.qkv, post ? before : b.norm1, N);
+    wrote(m, l, A_QKV, N * 3 * C);
+    attention_forward(all.y, all.qkv, B, t0, T, C, m->c.heads, f);
+    wrote(m, l, A_Y, N * C);
+    linear(m, l, OUT, b.out, b.y, N);
+    wrote(m, l, A_OUT, N * C);
+    if (post) norm(m, l, LN1_GAIN, LN1_BIAS, b.mid, b.mean1, b.rstd1, b.out, before, N);
+    else weighted_sum(b.mid, m->skip_coef, before, m->branch_coef, b.out, N * C, f);
+    wrote(m, l, A_MID, N * C);
+
+    if (!post) norm(m, l, LN2_GAIN, LN2_BIAS, b.norm2, b.mean2, b.rstd2, b.mid, NULL, N);
+    if (!post) wrote(m, l, A_NORM2, N * C);
+    linear(m, l, UP, b.up, post ? b.mid : b.norm2, N);
+    wrote(m, l, A_UP, N * 4 * C);
+    activation_forward(b.g, b.up, (Activation)m->c.activation, N * 4 * C, f);
+    wrote(m, l, A_G, N * 4 * C);
+    linear(m, l, DOWN, b.down, b.g, N);
+    wrote(m, l, A_DOWN, N * C);
+    if (post) norm(m, l, LN2_GAIN, LN2_BIAS, b.x, b.mean2, b.rstd2, b.down, b.mid, N);
+    else weighted_sum(b.x, m->skip_coef, b.mid, m->branch_coef, b.down, N * C, f);
+    wrote(m, l, A_X, N * C);
+    stat_record(m, 5 * (l + 1), form("h.%d.x", l), 0, b.x, N * C, f);
 }
 
 // m->inputs (B,T) -> A_LNF, the head's input, for rows t0 .. B*T-1.
 static void model_forward(Model* m, long B, long t0, long T) {
     const long C = m->c.width, N = B * T - t0;
-    const Format stream = m->hidden->stream;
     share_the_cores();
-    lap_last = seconds();
     embedding_forward(m->buffers[A_X0], m->inputs, param(m, 0, WTE), param(m, 0, WPE),
-                      m->scheme->embedding_scale, B, t0, T, C, stream);
-    watched(m, 0, A_X0, N * C);
-    stat_record(m, 0, "x", 0, m->buffers[A_X0], N * C, stream);
-    lap(LAP_EMBED);
+                      m->scheme->embedding_scale, B, t0, T, C, m->precision->stream);
+    wrote(m, 0, A_X0, N * C);
+    stat_record(m, 0, "x", 0, m->buffers[A_X0], N * C, m->precision->stream);
     for (int l = 0; l < m->c.layers; l++) block_forward(m, l, B, t0, T);
-    const float* x = stream_before(m, m->c.layers, 0, t0);
-    norm_forward(m, 0, FINAL, buffer(m, 0, A_LNF, t0), x, NULL, t0, N);
-    watched(m, 0, A_LNF, N * C);
-    lap(LAP_NORM);
+    norm(m, 0, LNF_GAIN, LNF_BIAS, buffer(m, 0, A_LNF, t0), buffer(m, 0, A_MEANF, t0),
+         buffer(m, 0, A_RSTDF, t0), stream_before(m, m->c.layers, t0), NULL, N);
+    wrote(m, 0, A_LNF, N * C);
 }
 
 // logits = (1/C) LNf(x) W_head^T ([µS] table 2; sp: no 1/C) for N rows from `row`. Not tied to wte.
 static void model_logits(Model* m, long row, long N) {
     const Tensor* t = tensor(m, 0, HEAD);
     const long C = m->c.width, V = m->c.vocab;
-    const Format f = m->head->operand;
+    const Format f = m->head_precision->operand;
     const float *x = buffer(m, 0, A_LNF, row), *w = param(m, 0, HEAD);
     stat_record(m, stat_row(m, 0, HEAD), t->name, 0, x, N * C, f);
     stat_record(m, stat_row(m, 0, HEAD), t->name, 1, w, V * C, f);
     matmul(buffer(m, 0, A_LOGITS, row), m->vp, view(x, C, 1, f), view(w, C, 1, f), N, V, C, t->alpha, 0,
-           m->head->stream);
-    lap(LAP_HEAD);
+           m->head_precision->stream);
 }
 
 // Mean loss of m->inputs against m->targets, (B,T). With want_gradient, A_LOGITS becomes its own gradient.
@@ -1036,64 +760,96 @@ static double model_loss(Model* m, int want_gradient) {
     double sum = 0;
     model_forward(m, m->c.batch, 0, m->c.seq);
     model_logits(m, 0, m->rows);
-    watched(m, 0, A_LOGITS, m->rows * m->vp);
+    wrote(m, 0, A_LOGITS, m->rows * m->vp);
     loss_forward_backward(m->buffers[A_LOSSES], m->buffers[A_LOGITS], m->targets, want_gradient,
-                          m->loss_scale, m->rows, m->c.vocab, m->vp, m->head->stream);
-    if (want_gradient) watched(m, 0, A_LOGITS, m->rows * m->vp);
-    lap(LAP_LOSS);
+                          m->loss_scale, m->rows, m->c.vocab, m->vp, m->head_precision->stream);
+    if (want_gradient) wrote(m, 0, A_LOGITS, m->rows * m->vp);
     for (long n = 0; n < m->rows; n++) sum += m->buffers[A_LOSSES][n];
     return sum / (double)m->rows;
+}
+
+// ---- Backward ------------------------------------------------------------------------------------------
+static void linear_back(Model* m, int l, int kind, float* dx, const float* dy, const float* x) {
+    const Tensor* t = tensor(m, l, kind);
+    stat_record(m, stat_row(m, l, kind), t->name, 2, dy, m->rows * t->rows, m->precision->gradient);
+    linear_backward(dx, grad(m, l, kind), dy, x, param(m, l, kind), t->alpha, m->precision, m->rows, t->cols,
+                    t->rows);
+}
+static void norm_back(Model* m, int l, int gain, int bias, float* dx, const float* dout, const float* x,
+                      const float* mean, const float* rstd, const float* dskip, float coef) {
+    layernorm_backward(dx, grad(m, l, gain), grad(m, l, bias), dout, x, mean, rstd, param(m, l, gain), dskip,
+                       m->skip_coef, coef, m->rows, m->c.width, m->precision->stream);
+}
+
+// From the gradient after block l, in dx, to that before it, also in dx. Gradients of one width share a
+// buffer: D_X d x, d mid, d before; D_BRANCH d down, d out; D_WIDE d g, d up, d qkv; D_NARROW d (input of
+// up), d y, d (input of qkv).
+static void block_backward(Model* m, int l, long B, long T) {
+    const long C = m->c.width, N = B * T;
+    const Format f = m->precision->stream;
+    const int post = m->scheme->norm_last;
+    const Block b = block_of(m, l, 0);
+    const float *before = stream_before(m, l, 0), branch = m->branch_coef;
+    float *dx = m->buffers[D_X], *dout = m->buffers[D_BRANCH], *ddown = dout;
+    float *dy = m->buffers[D_NARROW], *din = dy, *dg = m->buffers[D_WIDE], *dup = dg, *dqkv = dg;
+
+    if (post) norm_back(m, l, LN2_GAIN, LN2_BIAS, ddown, dx, b.down, b.mean2, b.rstd2, NULL, branch);
+    else weighted_sum(ddown, branch, dx, 0.0f, dx, N * C, f);
+    wrote(m, l, D_BRANCH, N * C);
+    linear_back(m, l, DOWN, dg, ddown, b.g);
+    wrote(m, l, D_WIDE, N * 4 * C);
+    activation_backward(dup, dg, b.up, (Activation)m->c.activation, N * 4 * C, f);
+    wrote(m, l, D_WIDE, N * 4 * C);
+    linear_back(m, l, UP, din, dup, post ? b.mid : b.norm2);
+    wrote(m, l, D_NARROW, N * C);
+    if (post) weighted_sum(dx, m->skip_coef, dx, 1.0f, din, N * C, f);
+    else norm_back(m, l, LN2_GAIN, LN2_BIAS, dx, din, b.mid, b.mean2, b.rstd2, dx, 1.0f);
+    wrote(m, l, D_X, N * C);
+
+    if (post) norm_back(m, l, LN1_GAIN, LN1_BIAS, dout, dx, b.out, b.mean1, b.rstd1, NULL, branch);
+    else weighted_sum(dout, branch, dx, 0.0f, dx, N * C, f);
+    wrote(m, l, D_BRANCH, N * C);
+    linear_back(m, l, OUT, dy, dout, b.y);
+    wrote(m, l, D_NARROW, N * C);
+    attention_backward(dqkv, dy, b.qkv, B, T, C, m->c.heads, f);
+    wrote(m, l, D_WIDE, N * 3 * C);
+    linear_back(m, l, QKV, din, dqkv, post ? before : b.norm1);
+    wrote(m, l, D_NARROW, N * C);
+    if (post) weighted_sum(dx, m->skip_coef, dx, 1.0f, din, N * C, f);
+    else norm_back(m, l, LN1_GAIN, LN1_BIAS, dx, din, before, b.mean1, b.rstd1, dx, 1.0f);
+    wrote(m, l, D_X, N * C);
 }
 
 // Adds S times the gradient of the last model_loss(m, 1) to m->grads.
 static void model_backward(Model* m) {
     const long B = m->c.batch, T = m->c.seq, C = m->c.width, V = m->c.vocab, N = m->rows;
-    const Format stream = m->hidden->stream, f = m->head->gradient;
-    float *dlogits = m->buffers[A_LOGITS], *dx = m->buffers[D_X], *dbranch = m->buffers[D_BRANCH];
-    float *dinput = m->buffers[D_INPUT], *dwide = m->buffers[D_WIDE];
-    const float *lnf = m->buffers[A_LNF], *head = param(m, 0, HEAD);
-    // dlogits lacks 1/N and both matmuls of the head lack alpha: that is the static scale S = N / alpha.
+    const Format f = m->head_precision->gradient;
+    const float *dlogits = m->buffers[A_LOGITS], *lnf = m->buffers[A_LNF], *w_head = param(m, 0, HEAD);
+    float *dx = m->buffers[D_X], *dlnf = m->buffers[D_BRANCH];
+    // Both matmuls lack the head's alpha: see S.
     stat_record(m, stat_row(m, 0, HEAD), "head", 2, dlogits, N * m->vp, f);
-    matmul(dbranch, C, view(dlogits, m->vp, 1, f), view(head, 1, C, f), N, C, V, 1.0f, 0, stream);
-    watched(m, 0, D_BRANCH, N * C);
     matmul(grad(m, 0, HEAD), C, view(dlogits, 1, m->vp, f), view(lnf, 1, C, f), V, C, N, 1.0f, 1, FP32);
-    lap(LAP_HEAD);
-    norm_backward(m, 0, FINAL, dx, dbranch, stream_before(m, m->c.layers, 0, 0), NULL, 1.0f);
-    watched(m, 0, D_X, N * C);
-    lap(LAP_NORM);
-    for (int i = 2 * m->c.layers - 1; i >= 0; i--) {
-        const int l = i / 2, mlp = i % 2, stats_on = m->stats_on;
-        const Branch* b = &BRANCHES[mlp];
-        if (m->c.recompute && mlp && l < m->c.layers - 1) {  // the last block's buffers are there
+    matmul(dlnf, C, view(dlogits, m->vp, 1, f), view(w_head, 1, C, f), N, C, V, 1.0f, 0,
+           m->precision->stream);
+    wrote(m, 0, D_BRANCH, N * C);
+    norm_back(m, 0, LNF_GAIN, LNF_BIAS, dx, dlnf, stream_before(m, m->c.layers, 0), m->buffers[A_MEANF],
+              m->buffers[A_RSTDF], NULL, 1.0f);
+    wrote(m, 0, D_X, N * C);
+    for (int l = m->c.layers - 1; l >= 0; l--) {
+        const int stats_on = m->stats_on;
+        if (m->c.recompute && l < m->c.layers - 1) {  // the last block's buffers are there
             m->stats_on = 0;
             block_forward(m, l, B, 0, T);
             m->stats_on = stats_on;
         }
-        if (m->scheme->norm_last) norm_backward(m, l, mlp, dbranch, dx, buffer(m, l, b->last, 0), NULL, m->b);
-        else weighted_sum(dbranch, m->b, dx, 0.0f, dx, N * C, stream);
-        watched(m, l, D_BRANCH, N * C);
-        lap(LAP_NORM);
-        float* dinner = mlp ? dwide : dinput;
-        hidden_backward(m, l, b->second, dinner, dbranch, buffer(m, l, b->inner, 0));
-        watched(m, l, mlp ? D_WIDE : D_INPUT, N * (mlp ? 4 : 1) * C);
-        const float* wide = buffer(m, l, b->wide, 0);
-        if (mlp) activation_backward(dwide, dinner, wide, (Activation)m->c.activation, N * 4 * C, stream);
-        else attention_backward(dwide, dinner, wide, B, T, C, m->c.heads, stream);
-        watched(m, l, D_WIDE, N * (mlp ? 4 : 3) * C);
-        lap(mlp ? LAP_ACTIVATION : LAP_ATTENTION);
-        hidden_backward(m, l, b->first, dinput, dwide, branch_input(m, l, mlp, 0));
-        watched(m, l, D_INPUT, N * C);
-        if (m->scheme->norm_last) weighted_sum(dx, m->a, dx, 1.0f, dinput, N * C, stream);
-        else norm_backward(m, l, mlp, dx, dinput, stream_before(m, l, mlp, 0), dx, 1.0f);
-        watched(m, l, D_X, N * C);
-        lap(LAP_NORM);
+        block_backward(m, l, B, T);
     }
     embedding_backward(grad(m, 0, WTE), grad(m, 0, WPE), dx, m->inputs, m->scheme->embedding_scale, B, T, C);
-    lap(LAP_EMBED);
 }
 
 // ---- Optimizers and schedule ---------------------------------------------------------------------------
-// Both see S times the gradient: Lion takes its sign, AdamW multiplies epsilon by S.
+// Both see S times the gradient: Lion takes its sign, AdamW multiplies epsilon by S. It is not clipped: the
+// size of a step does not follow the size of the gradient in either.
 
 // Learning rate of step s = 1, 2, ...: linear warm-up, then a cosine to 10 % of the peak at the last step.
 static double learning_rate(const Config* c, long s) {
@@ -1103,7 +859,8 @@ static double learning_rate(const Config* c, long s) {
 }
 
 // What the step at rate lr takes from the schedule. The decay follows it and not the peak rate: lambda lr_t /
-// lr_max, the same at every width; hidden matrices learn at lr sqrt(d_base / C) ([µS] table 2, 3.2).
+// lr_max, the same at every width; hidden matrices learn at lr sqrt(d_base / C) ([µS] table 2, 3.2). At the
+// default width of 128 that is 1.41 --lr, for the paper names its rates for d_base = 256.
 typedef struct { float lr, decay, eps, c1, c2; } Rates;  // c1, c2: AdamW's bias corrections
 static Rates rates(const Model* m, double lr) {
     Rates r = {(float)lr, m->c.decay * (float)(lr / m->c.lr), (float)(1e-8 * m->grad_scale),
@@ -1118,7 +875,7 @@ BOTH static inline float lion(float w, float* m, float g, float lr, float decay)
     *m = b2 * *m + (1.0f - b2) * g;
     return w - (lr * u + decay * w);
 }
-// AdamW (Loshchilov, Hutter 2019), bias-corrected.
+// AdamW (Loshchilov, Hutter 2019), bias-corrected. 0.95 is usual for language models (Brown et al. 2020).
 BOTH static inline float adamw(float w, float* m, float* v, float g, float lr, float decay, Rates r) {
     const float b1 = 0.9f, b2 = 0.95f;
     *m = b1 * *m + (1.0f - b1) * g;
@@ -1136,10 +893,8 @@ static void adamw_update(float* w, float* m, float* v, const float* g, long n, f
     for (long i = 0; i < n; i++) w[i] = adamw(w[i], &m[i], &v[i], g[i], lr, decay, r);
 }
 
-// One step with m->grads.
 static void model_update(Model* m, double lr) {
     const Rates r = rates(m, lr);
-    lap_last = seconds();
     #pragma omp parallel
     for (int i = 0; i < m->num_tensors; i++) {
         const Tensor* t = &m->tensors[i];
@@ -1149,7 +904,6 @@ static void model_update(Model* m, double lr) {
         if (m->v) adamw_update(w, m1, m->v + t->offset, g, n, lr_t, decay, r);
         else lion_update(w, m1, g, n, lr_t, decay);
     }
-    lap(LAP_UPDATE);
 }
 
 // Norm of the true gradient; *bad is the first tensor with a value that is not finite, or NULL.
@@ -1181,12 +935,360 @@ static double gradient_norm(const Model* m, const Tensor** bad) {
     return sqrt(total) / m->grad_scale;
 }
 
+// ---- One training step ---------------------------------------------------------------------------------
+typedef struct Split Split;                            // a range of tokens
+static void next_batch(Model* m, const Split* train);  // m->inputs, m->targets: the next ones in random order
+typedef struct { double loss, norm; const Tensor* bad; } StepResult;  // bad: its gradient is not finite
+// The loss so far is in r; the step is not taken if something is not finite.
+static StepResult cpu_finish(Model* m, StepResult r, double lr) {
+    r.norm = gradient_norm(m, &r.bad);
+    if (isfinite(r.loss) && !r.bad) model_update(m, lr), m->step++;
+    return r;
+}
+static StepResult cpu_step(Model* m, const Split* train, double lr) {
+    StepResult r = {0, 0, NULL};
+    const long sequence = m->sequence, step = m->step;
+    memset(m->grads, 0, sizeof(float) * (size_t)m->num_params);
+    for (int i = 0; i < m->c.accum; i++) {
+        next_batch(m, train);
+        r.loss += model_loss(m, 1) / m->c.accum;
+        model_backward(m);
+        m->stats_on = 0;  // statistics are of the first batch
+    }
+    r = cpu_finish(m, r, lr);
+    if (m->step == step) m->sequence = sequence;
+    return r;
+}
+// ======== Part two: the program =========================================================================
+
+// ---- Small tools ---------------------------------------------------------------------------------------
+// Length of the UTF-8 character at s, of which n bytes are there; 0: the rest is missing; -1: it is none, or
+// is a control character, which could steer a terminal.
+static int character(const uint8_t* s, long n) {
+    const int length = *s < 0x80 ? 1 : *s >> 5 == 6 ? 2 : *s >> 4 == 14 ? 3 : *s >> 3 == 30 ? 4 : -1;
+    if (length < 0) return -1;
+    uint32_t code = length == 1 ? *s : *s & (0x7F >> length);
+    for (int i = 1; i < length; i++) {
+        if (i >= n) return 0;
+        if (s[i] >> 6 != 2) return -1;
+        code = code << 6 | (s[i] & 0x3F);
+    }
+    if (length == 1) return (code >= 32 && code != 127) || code == '\n' || code == '\t' ? 1 : -1;
+    if (length == 3) return code >= 0x800 && code >> 11 != 27 ? 3 : -1;  // 0xD800 to 0xDFFF are surrogates
+    return (length == 2 && code >= 0xA0) || (length == 4 && code - 0x10000 < 0x100000) ? length : -1;
+}
+// Puts '?' for all else. Returns how many bytes to print: none of a character cut off, if more follows.
+static long make_safe(char* text, long n, int rest_follows) {
+    for (long i = 0, length; i < n; i += length > 0 ? length : 1) {
+        length = character((const uint8_t*)text + i, n - i);
+        if (length == 0 && rest_follows) return i;
+        if (length < 1) text[i] = '?';
+    }
+    return n;
+}
+
+// printf into a string that lasts until 15 more are made.
+static char* form(const char* format, ...) {
+    static char ring[16][9000];
+    static int next;
+    char* to = ring[next++ % 16];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(to, sizeof ring[0], format, args);
+    va_end(args);
+    return to;
+}
+
+// A path or text of the user's, safe to print in one line.
+static const char* shown(const char* s) {
+    char* copy = form("%s", s);
+    make_safe(copy, (long)strlen(copy), 0);
+    for (char* p = copy; (p = strchr(p, '\n')) != NULL; ) *p = '?';
+    return copy;
+}
+
+static const char* program = "train_us";
+static jmp_buf* die_to;           // set: an attempt that may fail, and where to go on if it does
+static void (*last_words)(void);  // set: what has to be saved before the end
+static void die(const char* format, ...) {
+    char text[9000];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    fflush(stdout);
+    fprintf(stderr, "%s: %s\n", program, shown(text));
+    if (die_to) longjmp(*die_to, 1);
+    if (last_words) last_words();
+    exit(1);
+}
+
+static char* copied(const char* s) {
+    char* copy = strdup(s);
+    if (!copy) die("out of memory");
+    return copy;
+}
+
+// Zeroed memory on a cache line boundary. The size is a double: a product of sizes cannot wrap around.
+static void* alloc(double bytes) {
+    void* p = NULL;
+    double physical = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
+    size_t n = bytes < physical ? (size_t)bytes + 64 : 0;
+    if (!(bytes < physical) || posix_memalign(&p, 64, n) != 0)
+        die("%.1f GB of memory wanted, this machine has %.1f: lower --batch, --seq, --width or --layers",
+            bytes * 1e-9, physical * 1e-9);
+    return memset(p, 0, n);
+}
+
+static float* scratch(int slot, long n) {
+    static __thread struct { float* p; long n; } slots[SCRATCH_SLOTS];
+    if (slots[slot].n < n) {
+        free(slots[slot].p);
+        slots[slot].p = (float*)alloc(sizeof(float) * (double)n);
+        slots[slot].n = n;
+    }
+    return slots[slot].p;
+}
+
+static double seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+// A thread that waits for the others spins for a while before it sleeps. Where other programs use the cores,
+// it spins in the place of the very thread it waits for: with twice as many busy processes as cores a step
+// took ten times as long. libgomp (gcc) spins 300,000 times and reads its setting before main: set it and
+// begin again. 2,000 turns (0.1 ms) are as much as threads differ on an idle machine. A user's setting wins.
+static void wait_briefly(char** argv) {
+#if defined(_OPENMP) && !defined(KMP_VERSION_MAJOR)
+    if (max_threads() == 1 || getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY")) return;
+    const char* preload = getenv("LD_PRELOAD");
+    if (preload && strstr(preload, "vgpreload")) return;  // valgrind would be left behind
+    char* self = realpath("/proc/self/exe", NULL);
+    if (self && !strstr(self, "/ld-")) {  // ld.so itself, started with this program as its argument
+        setenv("GOMP_SPINCOUNT", "2000", 1);
+        execv(self, argv);  // if that fails, all is as it was
+    }
+    free(self);
+#endif
+    (void)argv;
+}
+// libomp (clang) spins 200 ms and can be told at any time: not at all while this program gets less than 0.7
+// of its cores (measured: alone 0.8 to 1, beside one busy process 0.6 or less).
+static void share_the_cores(void) {
+#if defined(_OPENMP) && defined(KMP_VERSION_MAJOR)
+    static double wall, used;
+    const double t = seconds(), u = (double)clock() / CLOCKS_PER_SEC;
+    if (getenv("KMP_BLOCKTIME") || getenv("OMP_WAIT_POLICY") || t - wall < 0.01) return;
+    kmp_set_blocktime(u - used > 0.7 * (t - wall) * max_threads() ? 200 : 0);
+    wall = t, used = u;
+#endif
+}
+
+// ---- The fast matmul -----------------------------------------------------------------------------------
+// Nearly all of the time goes here, so it is the one function written for speed, after BLIS (Van Zee, van de
+// Geijn 2015). Both operands are copied, KC values of K at a time, into panels that the tile reads in order,
+// and rounded to FP8 on the way, so FP8 costs no memory. The tile keeps MR x NR sums in vector registers; its
+// size follows the register file: sums, one row of B and one broadcast of A must fit.
+#if defined(__AVX512F__)
+enum { LANES = 16, MR = 12, NV = 2 };  // 32 registers of 16 floats
+#elif defined(__AVX__)
+enum { LANES = 8, MR = 6, NV = 2 };    // 16 registers of 8 floats
+#elif defined(__aarch64__)
+enum { LANES = 4, MR = 8, NV = 3 };    // 32 registers of 4 floats
+#else
+enum { LANES = 4, MR = 6, NV = 2 };    // 16 registers of 4 floats
+#endif
+// A block of a (some 120 rows x KC, 120 KB) is to stay in a core's L2 cache while it meets all panels of b, a
+// panel of b (KC x NR, 32 KB at most) in its L1, and NC columns of them (2 MB) in the cache that cores share.
+enum { NR = NV * LANES, KC = 256, NC = NR * (2048 / NR), BLOCK_ROWS = 120 };
+typedef float Vec __attribute__((vector_size(4 * LANES), may_alias));
+
+// Copies rows i0..i0+R-1 (zeros past `rows`), columns k0..k0+kc-1, into to[k][R], rounded.
+static inline void pack(float* to, const Operand* x, long i0, long rows, long k0, long kc, int R) {
+    const float* from = x->p + i0 * x->row + k0 * x->col;
+    int n = (int)min_l(R, rows - i0);
+    if (n < R) memset(to, 0, sizeof(float) * (size_t)(kc * R));
+    for (long k = 0; k < kc; k++, from += x->col, to += R) {
+        if (n < R) for (int i = 0; i < n; i++) to[i] = from[i * x->row];
+        else if (x->row == 1) memcpy(to, from, sizeof(float) * (size_t)R);
+        else for (int i = 0; i < R; i++) to[i] = from[i * x->row];
+    }
+    round_all(to - kc * R, kc * R, x->format);
+}
+
+// sums[i][j] = sum over k of a[k][i] * b[k][j], everything in registers.
+static inline void tile(Vec sums[MR][NV], const float* a, const float* b, long kc) {
+    Vec c[MR][NV];
+    memset(c, 0, sizeof c);
+    for (long k = 0; k < kc; k++, a += MR, b += NR)
+        for (int i = 0; i < MR; i++)
+            for (int j = 0; j < NV; j++) c[i][j] += a[i] * ((const Vec*)b)[j];
+    memcpy(sums, c, sizeof c);
+}
+
+// One row of a tile to memory; the loops of full length are unrolled into vectors.
+static inline void store(float* out, const float* sums, float alpha, long n, int add) {
+    if (n == NR && add) for (int j = 0; j < NR; j++) out[j] += alpha * sums[j];
+    else if (n == NR) for (int j = 0; j < NR; j++) out[j] = alpha * sums[j];
+    else for (int j = 0; j < n; j++) out[j] = (add ? out[j] : 0.0f) + alpha * sums[j];
+}
+
+// The order of every sum depends on K alone, so the result is the same bits for any number of threads.
+static void matmul(float* out, long ld, Operand a, Operand b, long M, long N, long K, float alpha,
+                   int accumulate, Format format) {
+    int threads = (double)M * (double)N * (double)K < 1e6 ? 1 : max_threads();  // else not worth a wait
+    long blocks = threads * div_up(M, threads * BLOCK_ROWS);  // as many for each thread
+    long mc = div_up(div_up(M, blocks), MR) * MR, row_blocks = div_up(M, mc);
+    float* packed_b = scratch(SCRATCH_B, (long)KC * NC);
+    #pragma omp parallel if (threads > 1)
+    {
+        float* packed_a = scratch(SCRATCH_A, mc * KC);
+        for (long n0 = 0; n0 < N; n0 += NC) {
+            long panels = div_up(min_l(NC, N - n0), NR);
+            long col_blocks = min_l(panels, div_up(threads, row_blocks)), width = div_up(panels, col_blocks);
+            for (long k0 = 0; k0 < K; k0 += KC) {
+                long kc = min_l(KC, K - k0);
+                if (n0 + k0 > 0) {
+                    #pragma omp barrier
+                }
+                #pragma omp for schedule(static)
+                for (long p = 0; p < panels; p++)
+                    pack(packed_b + p * KC * NR, &b, n0 + p * NR, N, k0, kc, NR);
+                #pragma omp for schedule(dynamic, 1) nowait
+                for (long block = 0; block < row_blocks * col_blocks; block++) {
+                    long i0 = block / col_blocks * mc, i1 = min_l(M, i0 + mc);
+                    long p0 = block % col_blocks * width, p1 = min_l(panels, p0 + width);
+                    for (long i = i0; i < i1; i += MR) pack(packed_a + (i - i0) * KC, &a, i, i1, k0, kc, MR);
+                    for (long p = p0; p < p1; p++)
+                        for (long i = i0; i < i1; i += MR) {
+                            Vec sums[MR][NV];
+                            tile(sums, packed_a + (i - i0) * KC, packed_b + p * KC * NR, kc);
+                            long n = min_l(NR, N - n0 - p * NR);
+                            for (long r = 0; r < min_l(MR, i1 - i); r++) {
+                                float* o = out + (i + r) * ld + n0 + p * NR;
+                                store(o, (const float*)sums[r], alpha, n, accumulate || k0 > 0);
+                                if (k0 + kc == K) round_all(o, n, format);
+                            }
+                        }
+                }
+            }
+        }
+    }
+}
+
+// ---- A model's memory ----------------------------------------------------------------------------------
+// A smaller batch in the same buffers, as the last of a validation is.
+static void model_batch(Model* m, long batch) {
+    m->c.batch = (int)batch;
+    m->rows = batch * m->c.seq;
+}
+
+static float* floats(double n) { return (float*)alloc(4.0 * n); }
+static void model_alloc_params(Model* m, int training) {
+    m->training = training;
+    m->params = floats((double)m->num_params);
+    if (training) m->grads = floats((double)m->num_params), m->m = floats((double)m->num_params);
+    if (training && m->c.optimizer == ADAMW) m->v = floats((double)m->num_params);
+}
+static void model_alloc_batch(Model* m) {
+    m->inputs = (int*)floats((double)m->rows);
+    m->targets = (int*)floats((double)m->rows);
+    m->stats = (StatRow*)alloc(sizeof(StatRow) * (2.0 + 5.0 * m->c.layers));
+}
+static void model_alloc_buffers(Model* m) {
+    for (int k = 0; k < BUFFERS; k++) m->buffers[k] = floats(buffer_size(m, k));
+    model_alloc_batch(m);
+}
+static void model_free(Model* m) {
+    void* const all[] = {m->params, m->grads, m->m, m->v, m->inputs, m->targets, m->tensors, m->stats};
+    for (int i = 0; i < 8; i++) free(all[i]);
+    for (int k = 0; k < BUFFERS; k++) free(m->buffers[k]);
+    memset(m, 0, sizeof *m);
+}
+
+// ---- Unit-scale statistics -----------------------------------------------------------------------------
+typedef struct { float square, nonzero, flushed, saturated, max; } StatSums;  // of a part of a tensor
+static void stat_finish(Stat* s, const StatSums* sums, long parts, long n, Format format) {
+    double square = 0, nonzero = 0, flushed = 0, saturated = 0, max = 0;
+    for (long k = 0; k < parts; k++) {
+        square += sums[k].square, nonzero += sums[k].nonzero, flushed += sums[k].flushed;
+        saturated += sums[k].saturated, max = fmax(max, sums[k].max);
+    }
+    const double size = (double)n;
+    const Stat stat = {format, sqrt(square / size), max, flushed / fmax(nonzero, 1), saturated / size};
+    *s = stat;
+}
+// Rows: 0 the embeddings' sum; for each block qkv, out, up, down and the stream after it; last the head.
+static int stat_row(const Model* m, int l, int kind) {
+    return kind == HEAD ? 1 + 5 * m->c.layers : 1 + 5 * l + kind;
+}
+static Stat* stat_at(Model* m, int row, const char* name, int operand) {
+    snprintf(m->stats[row].name, sizeof m->stats[row].name, "%s", name);
+    return &m->stats[row].stat[operand];
+}
+// RMS and maximum before the cast, the share of non-zero values that it flushes to zero, and of its clipping.
+static void stat_record(Model* m, int row, const char* name, int operand, const float* x, long n, Format f) {
+    enum { CHUNK = 16384 };  // fixed, so that the sums do not depend on the number of threads
+    if (!m->stats_on) return;
+    const long chunks = div_up(n, CHUNK);
+    StatSums* sums = (StatSums*)scratch(SCRATCH_SUMS, chunks * 5);
+    #pragma omp parallel for schedule(static)
+    for (long k = 0; k < chunks; k++) {
+        float square = 0, max = 0, nonzero = 0, flushed = 0, saturated = 0;
+        #pragma omp simd reduction(+ : square, nonzero, flushed, saturated) reduction(max : max)
+        for (long i = k * CHUNK; i < min_l(n, (k + 1) * CHUNK); i++) {
+            float v = f == FP32 ? x[i] : round_bf16(x[i]), a = fabsf(v);
+            float cast = fabsf(f == E4M3 ? round_fp8(v, E4M3) : f == E5M2 ? round_fp8(v, E5M2) : v);
+            square += v * v;
+            max = a > max ? a : max;
+            nonzero += a != 0.0f ? 1.0f : 0.0f;
+            flushed += a != 0.0f && cast == 0.0f ? 1.0f : 0.0f;
+            saturated += a > FORMATS[f].max ? 1.0f : 0.0f;
+        }
+        const StatSums chunk = {square, nonzero, flushed, saturated, max};
+        sums[k] = chunk;
+    }
+    stat_finish(stat_at(m, row, name, operand), sums, chunks, n, f);
+}
+
+// ---- Random numbers ------------------------------------------------------------------------------------
+// Counter-based: any thread, rank or device draws the same. The mixer: SplitMix64 (Steele, Lea, Flood 2014).
+static inline uint64_t mix64(uint64_t x) {
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
+    return x ^ (x >> 31);
+}
+static inline uint64_t random_u64(uint64_t seed, uint64_t stream, uint64_t index) {
+    const uint64_t golden = 0x9E3779B97F4A7C15ull;
+    return mix64(mix64(seed * golden + mix64(stream + 1)) + (index + 1) * golden);
+}
+static inline double random_uniform(uint64_t seed, uint64_t stream, uint64_t index) {  // in (0, 1)
+    return ((double)(random_u64(seed, stream, index) >> 11) + 0.5) * 0x1p-53;
+}
+static uint64_t stream_of(const char* name) {  // FNV-1a: a tensor's numbers follow its name, not its place
+    uint64_t h = 0xCBF29CE484222325ull;
+    for (; *name; name++) h = (h ^ (uint8_t)*name) * 0x100000001B3ull;
+    return h;
+}
+
+// x[i] = std * N(0,1) by Box-Muller, in double so that the last bit of a libm does not show.
+static void fill_normal(float* x, long n, float std, uint64_t seed, uint64_t stream) {
+    #pragma omp parallel for schedule(static)
+    for (long i = 0; i < n; i += 2) {
+        double r = sqrt(-2.0 * log(random_uniform(seed, stream, (uint64_t)i)));
+        double angle = 6.283185307179586 * random_uniform(seed, stream, (uint64_t)i + 1);
+        x[i] = (float)(std * (float)(r * cos(angle)));
+        if (i + 1 < n) x[i + 1] = (float)(std * (float)(r * sin(angle)));
+    }
+}
+
 // ---- Data ----------------------------------------------------------------------------------------------
 // The bytes of any file, or shards of GPT-2 tokens in llm.c's format: int32[256] header (magic, version,
 // count), then uint16 tokens. Files are mapped, not read.
 enum { SHARD_MAGIC = 20240520, TOKENIZER_MAGIC = 20240328, BYTES_VOCAB = 256, GPT2_VOCAB = 50257 };
 
-// The whole file, read-only. Ends the program if it is not a regular file with something in it.
 static const uint8_t* map_file(const char* path, const char* what, long* size) {
     struct stat st;
     int fd = open(path, O_RDONLY | O_NONBLOCK);  // a FIFO is refused at once, without waiting for its writer
@@ -1199,13 +1301,11 @@ static const uint8_t* map_file(const char* path, const char* what, long* size) {
     *size = (long)st.st_size;
     return (const uint8_t*)p;
 }
-static uint32_t read_u32(const uint8_t* p) {
-    return (uint32_t)p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
-}
+static uint32_t read_u32(const uint8_t* p) { uint32_t u; memcpy(&u, p, 4); return u; }
 
 typedef struct { const uint8_t* p; long count; const char* path; } Shard;
 typedef struct { Shard* shards; int num_shards, bytes_per_token; long count; } Tokens;
-typedef struct { const Tokens* tokens; long start, count; } Split;  // a range of them
+struct Split { const Tokens* tokens; long start, count; };  // a range of them
 
 // A data file cut off under its mapping: whoever reads there gets this signal.
 static const char* volatile being_read = "a file";
@@ -1268,9 +1368,8 @@ static int tokens_vocab(const Tokens* t) { return t->bytes_per_token == 1 ? BYTE
 static void tokens_read(const Split* s, long start, long T, int* inputs, int* targets) {
     const Shard* shard = s->tokens->shards;
     long at = s->start + start;
-    while (at >= shard->count) at -= shard++->count;
     for (long i = 0; i <= T; i++, at++) {
-        while (at == shard->count) shard++, at = 0;
+        while (at >= shard->count) at -= shard++->count;
         const uint8_t* p = shard->p + at * s->tokens->bytes_per_token;
         being_read = shard->path;
         int token = s->tokens->bytes_per_token == 1 ? *p : p[0] | p[1] << 8;
@@ -1287,7 +1386,6 @@ static void tokens_read(const Split* s, long start, long T, int* inputs, int* ta
 static long window_start(uint64_t seed, long sequence, long count, long T) {
     long n = count < 2 * T ? 1 : (count - T) / T, epoch = sequence / n;
     uint64_t stream = stream_of("epoch") + (uint64_t)epoch, x = (uint64_t)(sequence % n);
-    long offset = (long)(random_u64(seed, stream, 0) % (uint64_t)(count - n * T));
     int half = 1;
     while (1L << 2 * half < n) half++;
     uint64_t mask = (1ull << half) - 1;
@@ -1297,49 +1395,42 @@ static long window_start(uint64_t seed, long sequence, long count, long T) {
             x = right << half | ((x >> half) ^ key);
         }
     } while (x >= (uint64_t)n);
-    return offset + (long)x * T;
+    return (long)(random_u64(seed, stream, 0) % (uint64_t)(count - n * T)) + (long)x * T;
 }
 
 static void next_batch(Model* m, const Split* train) {
-    long T = m->c.seq;
-    for (long b = 0; b < m->c.batch; b++) {
-        long start = window_start(m->c.seed, m->sequence++, train->count, T);
-        tokens_read(train, start, T, m->inputs + b * T, m->targets + b * T);
-    }
+    for (long b = 0, T = m->c.seq; b < m->c.batch; b++)
+        tokens_read(train, window_start(m->c.seed, m->sequence++, train->count, T), T, m->inputs + b * T,
+                    m->targets + b * T);
 }
 
 // ---- safetensors ---------------------------------------------------------------------------------------
 // github.com/huggingface/safetensors: 8-byte little-endian length of a JSON header, the header, raw tensors.
-// An Archive is what such a file holds; begin and end are offsets behind the header.
-typedef struct { char *name, dtype[8]; int dims; long shape[4], begin, end; const void* data; } Entry;
-typedef struct { char *key, *value; } Pair;
-typedef struct { Entry* entries; Pair* meta; int num_entries, num_meta; char *text, *path; } Archive;
+// An Archive is what such a file holds: tensors, begin to end behind the header; metadata, names and values.
+typedef struct { char *name, *value, *dtype; int dims; long shape[4], begin, end; const void* data; } Entry;
+typedef struct { Entry *entries, *meta; int num_entries, num_meta; char *path, *text, *next; } Archive;
 
-// Room for one more at the end of a list of n.
-static void* one_more(void* list, long n, size_t size) {
-    if (n & (n - 1)) return list;  // it doubles when n is a power of two
-    void* longer = realloc(list, size * (size_t)(n ? 2 * n : 1));
-    if (!longer) die("out of memory");
-    return longer;
-}
-static Entry* archive_entry(Archive* a, const char* name) {
-    a->entries = (Entry*)one_more(a->entries, a->num_entries, sizeof(Entry));
-    Entry* e = &a->entries[a->num_entries++];
-    memset(e, 0, sizeof *e);
+static Entry* archive_entry(Entry** list, int* n, const char* name) {  // one more
+    if ((*n & (*n - 1)) == 0) {  // the list doubles when n is a power of two
+        Entry* longer = (Entry*)realloc(*list, sizeof(Entry) * (size_t)(*n ? 2 * *n : 1));
+        if (!longer) die("out of memory");
+        *list = longer;
+    }
+    Entry* e = (Entry*)memset(&(*list)[(*n)++], 0, sizeof(Entry));
     e->name = copied(name);
     return e;
 }
 static void archive_free(Archive* a) {
     for (int i = 0; i < a->num_entries; i++) free(a->entries[i].name);
-    for (int i = 0; i < a->num_meta; i++) free(a->meta[i].key), free(a->meta[i].value);
+    for (int i = 0; i < a->num_meta; i++) free(a->meta[i].name), free(a->meta[i].value);
     free(a->entries), free(a->meta), free(a->text), free(a->path);
     memset(a, 0, sizeof *a);
 }
 // Adds a tensor of 1 to 3 dimensions to write; dimensions that are 0 are left out.
 static void archive_add(Archive* a, const char* name, const char* dtype, const void* data, long d0, long d1,
                         long d2) {
-    Entry* e = archive_entry(a, name);
-    snprintf(e->dtype, sizeof e->dtype, "%s", dtype);
+    Entry* e = archive_entry(&a->entries, &a->num_entries, name);
+    e->dtype = (char*)dtype;
     e->data = data;
     e->dims = d2 ? 3 : d1 ? 2 : 1;
     e->shape[0] = d0, e->shape[1] = d1, e->shape[2] = d2;
@@ -1347,12 +1438,10 @@ static void archive_add(Archive* a, const char* name, const char* dtype, const v
     e->end = e->begin + 4 * d0 * (d1 ? d1 : 1) * (d2 ? d2 : 1);
 }
 static void archive_meta(Archive* a, const char* key, const char* value) {
-    a->meta = (Pair*)one_more(a->meta, a->num_meta, sizeof(Pair));
-    a->meta[a->num_meta].key = copied(key);
-    a->meta[a->num_meta++].value = copied(value);
+    archive_entry(&a->meta, &a->num_meta, key)->value = copied(value);
 }
 static const char* archive_get(const Archive* a, const char* key) {
-    for (int i = 0; i < a->num_meta; i++) if (strcmp(a->meta[i].key, key) == 0) return a->meta[i].value;
+    for (int i = 0; i < a->num_meta; i++) if (strcmp(a->meta[i].name, key) == 0) return a->meta[i].value;
     return NULL;
 }
 static const Entry* archive_tensor(const Archive* a, const char* name) {  // or the program ends
@@ -1382,12 +1471,11 @@ static FILE* archive_begin(const Archive* a, const char* path) {
     FILE* h = open_memstream(&header, &length);
     fprintf(h, "{\"__metadata__\":");
     for (int i = 0; i < a->num_meta; i++) {
-        json_write(h, i ? "," : "{", a->meta[i].key);
+        json_write(h, i ? "," : "{", a->meta[i].name);
         json_write(h, ":", a->meta[i].value);
     }
-    for (int i = 0; i < a->num_entries; i++) {
-        const Entry* e = &a->entries[i];
-        json_write(h, i ? "]}," : "},", e->name);
+    for (const Entry* e = a->entries; e < a->entries + a->num_entries; e++) {
+        json_write(h, e > a->entries ? "]}," : "},", e->name);
         fprintf(h, ":{\"dtype\":\"%s\",\"shape\":[", e->dtype);
         for (int d = 0; d < e->dims; d++) fprintf(h, d ? ",%ld" : "%ld", e->shape[d]);
         fprintf(h, "],\"data_offsets\":[%ld,%ld", e->begin, e->end);
@@ -1396,14 +1484,13 @@ static FILE* archive_begin(const Archive* a, const char* path) {
     while ((ftell(h) + 8) % 64) fputc(' ', h);  // the data begins on a cache line
     fclose(h);
     FILE* f = fopen(form("%s.tmp", path), "wb");
-    for (int i = 0; f && i < 64; i += 8) fputc((int)((uint64_t)length >> i & 255), f);
-    if (f) fwrite(header, 1, length, f);
+    if (f) fwrite(&length, sizeof length, 1, f), fwrite(header, 1, length, f);
     free(header);
     return f;
 }
 // Returns 0, or errno where the file cannot be written.
 static int archive_end(FILE* f, const char* path) {
-    char *temporary = copied(form("%s.tmp", path)), *slash;
+    char *temporary = form("%s.tmp", path), *slash;
     int error = f ? 0 : errno;
     if (f && (fflush(f) != 0 || ferror(f) || fsync(fileno(f)) != 0)) error = errno ? errno : EIO;
     if (f && fclose(f) != 0 && !error) error = errno;
@@ -1412,7 +1499,6 @@ static int archive_end(FILE* f, const char* path) {
     if ((slash = strrchr(temporary, '/'))) *slash = 0;
     int dir = open(slash ? temporary : ".", O_RDONLY);  // the new name itself is kept in the directory
     if (dir >= 0) fsync(dir), close(dir);
-    free(temporary);
     return error;
 }
 static int archive_write(const Archive* a, const char* path) {
@@ -1422,23 +1508,23 @@ static int archive_write(const Archive* a, const char* path) {
     return archive_end(f, path);
 }
 
-// A reader for the JSON that such a header may hold, and no more. It trusts nothing.
-typedef struct { char* p; const char* path; } Json;
-__attribute__((noreturn)) static void json_die(const Json* j, const char* what) {
-    die("%s is not a good safetensors file: %s", j->path, what);
+// A reader of the JSON that such a header may hold, and no more, from a->next on. It trusts nothing.
+__attribute__((noreturn)) static void json_die(const Archive* a, const char* what) {
+    die("%s is not a good safetensors file: %s", a->path, what);
 }
-static void json_space(Json* j) { j->p += strspn(j->p, " \n\r\t"); }
-static int json_accept(Json* j, char c) {
-    json_space(j);
-    return *j->p == c ? (j->p++, 1) : 0;
+static void json_space(Archive* a) { a->next += strspn(a->next, " \n\r\t"); }
+static int json_accept(Archive* a, char c) {
+    json_space(a);
+    return *a->next == c ? (a->next++, 1) : 0;
 }
-static void json_expect(Json* j, char c) {
-    if (!json_accept(j, c)) json_die(j, "its header is not the JSON expected");
+static void json_expect(Archive* a, char c) {
+    if (!json_accept(a, c)) json_die(a, "its header is not the JSON expected");
 }
-// Whether a list or object of which n members are read has another; `close` ends it.
-static int json_more(Json* j, int n, char close) {
-    if (json_accept(j, close)) return 0;
-    if (n > 0) json_expect(j, ',');
+// Whether a list or object of which n members are read has another.
+static int json_more(Archive* a, int n, char open, char close) {
+    if (n == 0) json_expect(a, open);
+    if (json_accept(a, close)) return 0;
+    if (n > 0) json_expect(a, ',');
     return 1;
 }
 static unsigned json_hex(const char* p) {  // of the four digits behind \u; 0 is none that can be kept
@@ -1448,121 +1534,104 @@ static unsigned json_hex(const char* p) {  // of the four digits behind \u; 0 is
     return (unsigned)strtoul(digits, NULL, 16);
 }
 // A string, unescaped to UTF-8 in the text's own memory: it never gets longer.
-static char* json_string(Json* j) {
+static char* json_string(Archive* a) {
     static const char escapes[] = "\"\\/bfnrt", meanings[] = "\"\\/\b\f\n\r\t";
-    json_expect(j, '"');
-    char *start = j->p, *to = start;
-    while (*j->p != '"') {
-        if (!*j->p) json_die(j, "a string in its header does not end");
-        if (*j->p != '\\') { *to++ = *j->p++; continue; }
-        const char* simple = j->p[1] ? strchr(escapes, j->p[1]) : NULL;
-        if (simple) { *to++ = meanings[simple - escapes], j->p += 2; continue; }
-        unsigned code = json_hex(j->p), low = code >> 10 == 0xD800 >> 10 ? json_hex(j->p + 6) : 0;
-        j->p += low ? 12 : 6;
+    json_expect(a, '"');
+    char *start = a->next, *to = start;
+    while (*a->next != '"') {
+        if (!*a->next) json_die(a, "a string in its header does not end");
+        if (*a->next != '\\') { *to++ = *a->next++; continue; }
+        const char* simple = a->next[1] ? strchr(escapes, a->next[1]) : NULL;
+        if (simple) { *to++ = meanings[simple - escapes], a->next += 2; continue; }
+        unsigned code = json_hex(a->next), low = code >> 10 == 0xD800 >> 10 ? json_hex(a->next + 6) : 0;
+        a->next += low ? 12 : 6;
         if (low >> 10 == 0xDC00 >> 10) code = 0x10000 + ((code & 0x3FF) << 10 | (low & 0x3FF));
         if (code == 0 || code >> 11 == 0xD800 >> 11)
-            json_die(j, "a string in its header has an escape that is no character");
-        if (code < 0x80) { *to++ = (char)code; continue; }
-        int more = code < 0x800 ? 1 : code < 0x10000 ? 2 : 3;
-        *to++ = (char)(0xFF00 >> (more + 1) | code >> 6 * more);
+            json_die(a, "a string in its header has an escape that is no character");
+        int more = code < 0x80 ? 0 : code < 0x800 ? 1 : code < 0x10000 ? 2 : 3;
+        *to++ = (char)((more ? 0xFF00 >> (more + 1) : 0) | code >> 6 * more);
         while (more--) *to++ = (char)(0x80 | (code >> 6 * more & 0x3F));
     }
-    j->p++;
+    a->next++;
     *to = 0;
     return start;
 }
-static char* json_member(Json* j, int n) {  // json_more of an object, up to the value: its key, or NULL
-    if (!json_more(j, n, '}')) return NULL;
-    char* key = json_string(j);
-    json_expect(j, ':');
+static char* json_member(Archive* a, int n) {  // json_more of an object, up to the value: its key, or NULL
+    if (!json_more(a, n, '{', '}')) return NULL;
+    char* key = json_string(a);
+    json_expect(a, ':');
     return key;
 }
-static int json_counts(Json* j, long* to, int most) {
+static int json_counts(Archive* a, long* to, int most) {
     int n = 0;
-    for (json_expect(j, '['); json_more(j, n, ']'); n++) {
-        char* end = NULL;
-        if (n == most) json_die(j, "a list in its header is too long");
-        json_space(j);
-        if (!isdigit((uint8_t)*j->p)) json_die(j, "its header has a number that is not a count");
-        to[n] = strtol(j->p, &end, 10);
-        if (to[n] > 1L << 56) json_die(j, "a number in its header is too large");
-        j->p = end;
+    for (; json_more(a, n, '[', ']'); n++) {
+        if (n == most) json_die(a, "a list in its header is too long");
+        json_space(a);
+        if (!isdigit((uint8_t)*a->next)) json_die(a, "its header has a number that is not a count");
+        to[n] = strtol(a->next, &a->next, 10);
+        if (to[n] > 1L << 56) json_die(a, "a number in its header is too large");
     }
     return n;
 }
-static void json_tensor(Json* j, Entry* e, const uint8_t* data, long size) {
-    static const char* const properties[] = {"dtype", "shape", "data_offsets"};
+static void json_tensor(Archive* a, Entry* e, const uint8_t* data, long size) {
     const char* key;
-    long offsets[2], bytes = 4;
-    int seen = 0;
-    json_expect(j, '{');
-    for (int n = 0, k; (key = json_member(j, n)) != NULL; n++) {
-        for (k = 0; k < 3 && strcmp(key, properties[k]) != 0; k++) {}
-        if (k == 3 || seen & 1 << k) json_die(j, "a tensor has an unknown or repeated property");
-        seen |= 1 << k;
-        if (k == 0) snprintf(e->dtype, sizeof e->dtype, "%s", json_string(j));
-        if (k == 1) e->dims = json_counts(j, e->shape, 4);
-        if (k == 2 && json_counts(j, offsets, 2) != 2) json_die(j, "a tensor's offsets are not two numbers");
+    long offsets[2];
+    int numbers = -1;
+    double bytes = 4;  // no product of counts can wrap around, and none that fits a file is rounded
+    e->dims = -1;
+    for (int n = 0; (key = json_member(a, n)) != NULL; n++) {
+        if (!e->dtype && strcmp(key, "dtype") == 0) e->dtype = json_string(a);
+        else if (e->dims < 0 && strcmp(key, "shape") == 0) e->dims = json_counts(a, e->shape, 4);
+        else if (numbers < 0 && strcmp(key, "data_offsets") == 0) numbers = json_counts(a, offsets, 2);
+        else json_die(a, "a tensor has an unknown or repeated property");
     }
-    if (seen != 7) json_die(j, "a tensor lacks dtype, shape or offsets");
+    if (!e->dtype || e->dims < 0 || numbers < 0) json_die(a, "a tensor lacks dtype, shape or offsets");
+    if (numbers != 2) json_die(a, "a tensor's offsets are not two numbers");
     if (strcmp(e->dtype, "F32") != 0 && strcmp(e->dtype, "I32") != 0)
-        json_die(j, "a tensor is neither F32 nor I32");
-    for (int i = 0; i < e->dims; i++) if (e->shape[i] == 0) bytes = 0;  // whatever the others are
-    for (int i = 0; i < e->dims; bytes *= e->shape[i++])
-        if (e->shape[i] > 0 && bytes > size / e->shape[i])
-            json_die(j, "a tensor is larger than the file (is it cut off?)");
+        json_die(a, "a tensor is neither F32 nor I32");
+    for (int i = 0; i < e->dims; i++) bytes *= (double)e->shape[i];
+    if (bytes > (double)size) json_die(a, "a tensor is larger than the file (is it cut off?)");
     e->begin = offsets[0];
     e->end = offsets[1];
-    if (e->begin > e->end || e->end > size) json_die(j, "a tensor lies outside the file (is it cut off?)");
-    if (e->end - e->begin != bytes) json_die(j, "a tensor's offsets do not fit its shape");
+    if (e->begin > e->end || e->end > size) json_die(a, "a tensor lies outside the file (is it cut off?)");
+    if ((double)(e->end - e->begin) != bytes) json_die(a, "a tensor's offsets do not fit its shape");
     e->data = data + e->begin;
 }
 static int by_place(const void* a, const void* b) {  // by the middle: an empty tensor finds its place too
     const Entry *x = (const Entry*)a, *y = (const Entry*)b;
     return (x->begin + x->end > y->begin + y->end) - (x->begin + x->end < y->begin + y->end);
 }
-static int by_name(const void* a, const void* b) {
-    return strcmp(((const Entry*)a)->name, ((const Entry*)b)->name);
-}
-
 static int by_key(const void* a, const void* b) {
-    return strcmp(((const Pair*)a)->key, ((const Pair*)b)->key);
+    return strcmp(((const Entry*)a)->name, ((const Entry*)b)->name);
 }
 
 static void archive_read(Archive* a, const char* path) {
     long size, at = 0;
     const uint8_t* file = map_file(path, "safetensors file", &size);
     uint64_t length = size < 8 ? 0 : read_u32(file) | (uint64_t)read_u32(file + 4) << 32;
-    Json j = {NULL, path};
     const char *name, *key;
     memset(a, 0, sizeof *a);
     a->path = copied(path);
     if (length < 2 || length > 100000000 || (long)length > size - 8)
-        json_die(&j, "its header's length is impossible");
-    j.p = a->text = strndup((const char*)file + 8, (size_t)length);
-    if (!a->text) die("out of memory");
+        json_die(a, "its header's length is impossible");
+    a->next = a->text = (char*)memcpy(alloc((double)length + 1), file + 8, length);
     size -= 8 + (long)length;
-    json_expect(&j, '{');
-    for (int n = 0; (name = json_member(&j, n)) != NULL; n++) {
-        if (strcmp(name, "__metadata__") != 0) {
-            json_tensor(&j, archive_entry(a, name), file + 8 + length, size);
-            continue;
-        }
-        json_expect(&j, '{');
-        for (int k = 0; (key = json_member(&j, k)) != NULL; k++) archive_meta(a, key, json_string(&j));
-    }
-    json_space(&j);
-    if (j.p != a->text + length) json_die(&j, "there is something behind its header's end");
-    if (a->num_meta) qsort(a->meta, (size_t)a->num_meta, sizeof(Pair), by_key);
+    for (int n = 0; (name = json_member(a, n)) != NULL; n++)
+        if (strcmp(name, "__metadata__") != 0)
+            json_tensor(a, archive_entry(&a->entries, &a->num_entries, name), file + 8 + length, size);
+        else for (int k = 0; (key = json_member(a, k)) != NULL; k++) archive_meta(a, key, json_string(a));
+    json_space(a);
+    if (a->next != a->text + length) json_die(a, "there is something behind its header's end");
+    if (a->num_meta) qsort(a->meta, (size_t)a->num_meta, sizeof(Entry), by_key);
     for (int i = 1; i < a->num_meta; i++)
-        if (by_key(&a->meta[i], &a->meta[i - 1]) == 0) json_die(&j, "a key of its metadata is there twice");
+        if (by_key(&a->meta[i], &a->meta[i - 1]) == 0) json_die(a, "a key of its metadata is there twice");
     if (a->num_entries) qsort(a->entries, (size_t)a->num_entries, sizeof(Entry), by_place);
     for (int i = 0; i < a->num_entries; at = a->entries[i++].end)
-        if (a->entries[i].begin != at) json_die(&j, "its tensors overlap or leave gaps");
-    if (at != size) json_die(&j, "its length does not fit its tensors");
-    if (a->num_entries) qsort(a->entries, (size_t)a->num_entries, sizeof(Entry), by_name);
+        if (a->entries[i].begin != at) json_die(a, "its tensors overlap or leave gaps");
+    if (at != size) json_die(a, "its length does not fit its tensors");
+    if (a->num_entries) qsort(a->entries, (size_t)a->num_entries, sizeof(Entry), by_key);
     for (int i = 1; i < a->num_entries; i++)
-        if (by_name(&a->entries[i], &a->entries[i - 1]) == 0) json_die(&j, "a tensor's name is there twice");
+        if (by_key(&a->entries[i], &a->entries[i - 1]) == 0) json_die(a, "a tensor's name is there twice");
 }
 
 // ---- Text ----------------------------------------------------------------------------------------------
@@ -1599,11 +1668,8 @@ static void text_print(const Text* t, int token) {
     static char held[300];
     static long n;
     const int end = token < 0 || (t->vocab != BYTES_VOCAB && token == t->end);
-    if (!end && t->vocab != BYTES_VOCAB && !t->bytes[token]) { printf(" %d", token); return; }
-    if (!end && token < t->vocab) {
-        memcpy(held + n, t->bytes[token], (size_t)t->length[token]);
-        n += t->length[token];
-    }
+    if (!end && !t->bytes[token]) printf(" %d", token);
+    for (int i = 0; !end && i < t->length[token]; i++) held[n++] = (char)t->bytes[token][i];
     const long done = make_safe(held, n, !end);
     fwrite(held, 1, (size_t)done, stdout);
     memmove(held, held + done, (size_t)(n -= done));
@@ -1616,101 +1682,96 @@ static int text_find(const Text* t, const uint8_t* s, int n) {
     return -1;
 }
 // Length of the first word as GPT-2 cuts text: a suffix like 's; or letters, digits or other signs, with one
-// space before; or white space less the space of the next word. Exact for ASCII. All else counts as letters:
-// beside white space, digits and signs that are not ASCII (U+00A0, Arabic digits, dashes, quotation marks)
-// GPT-2 may cut elsewhere, into other tokens that spell the same text.
+// space before; or white space less the space of the next word. All that is not ASCII counts as letters: at
+// its white space, digits and signs GPT-2 may cut elsewhere, into other tokens that spell the same text.
 static int text_kind(int c) { return c <= ' ' ? 0 : isalpha(c) || c > 127 ? 1 : isdigit(c) ? 2 : 3; }
 static int text_word(const uint8_t* s, int n) {
-    static const char* const suffixes[] = {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"};
-    for (int i = 0; i < 7; i++) {
-        int length = (int)strlen(suffixes[i]);
-        if (n >= length && memcmp(s, suffixes[i], (size_t)length) == 0) return length;
-    }
+    if (n > 1 && *s == '\'' && memchr("stmd", s[1], 4)) return 2;
+    if (n > 2 && (!memcmp(s, "'re", 3) || !memcmp(s, "'ve", 3) || !memcmp(s, "'ll", 3))) return 3;
     int first = n > 1 && s[0] == ' ' && text_kind(s[1]), kind = text_kind(s[first]), i = first + 1;
     while (i < n && text_kind(s[i]) == kind) i++;
     return kind == 0 && i < n && i > 1 ? i - 1 : i;
 }
-// Byte-pair encoding: within a word, merge the neighbours whose union has the lowest id, while there are any.
-// `tokens` has room for every byte.
-static int text_encode(const Text* t, const char* string, int* tokens) {
-    const uint8_t* s = (const uint8_t*)string;
-    int n = (int)strlen(string), count = 0, *cut = (int*)alloc(8.0 * (n + 2)), *merged = cut + n + 2;
+// Byte-pair encoding: in a word, merge neighbours whose union has the lowest id. tokens: room for every byte.
+static int text_encode(const Text* t, const char* chars, int* tokens) {
+    const uint8_t* s = (const uint8_t*)chars;
+    int n = (int)strlen(chars), count = 0, *cut = (int*)scratch(SCRATCH_P, 2L * n + 4), *merged = cut + n + 2;
     for (int word; n > 0; s += word, n -= word) {
-        int parts = word = text_word(s, n);
+        int parts = word = text_word(s, n), first = 0, last = word;  // of those that are new
         for (int i = 0; i <= word; i++) cut[i] = i;
-        for (int i = 0; i + 2 <= word; i++) merged[i] = text_find(t, s + i, 2);  // parts i and i + 1 in one
         for (;;) {
             int at = -1;
-            for (int i = 0; i + 2 <= parts; i++)
+            for (int i = 0; i + 2 <= parts; i++) {  // merged[i]: parts i and i + 1 in one
+                if (first <= i && i <= last) merged[i] = text_find(t, s + cut[i], cut[i + 2] - cut[i]);
                 if (merged[i] >= 0 && (at < 0 || merged[i] < merged[at])) at = i;
+            }
             if (at < 0) break;
             memmove(cut + at + 1, cut + at + 2, sizeof(int) * (size_t)(parts - at - 1));
             memmove(merged + at, merged + at + 1, sizeof(int) * (size_t)(parts - at - 2));
-            parts--;
-            for (int i = at > 0 ? at - 1 : 0; i <= at && i + 2 <= parts; i++)
-                merged[i] = text_find(t, s + cut[i], cut[i + 2] - cut[i]);
+            parts--, first = at - 1, last = at;
         }
         for (int i = 0; i < parts; i++) tokens[count++] = text_find(t, s + cut[i], cut[i + 1] - cut[i]);
     }
-    free(cut);
     return count;
 }
 
 // ---- Command line --------------------------------------------------------------------------------------
 // One table parses, prints the help, and says what a checkpoint stores and resumes from.
+typedef enum { HEADING, INT, UINT64, FLOAT, TEXT, FLAG } OptionType;  // FLOAT: -1 is auto
+typedef enum { NO, KEPT, FIXED } Stored;  // in a checkpoint: no; yes, but a flag may change it; yes
 typedef struct {
-    const char *name, *value, *choices;  // NULL: a heading; the default; "a|b": stored as an index
-    const char* type;  // i int, u uint64, f float (auto: -1), s string, b flag; then, if a checkpoint stores
-                       // it: m fixed by the model, or s a setting that may change
+    const char *name, *value, *choices;  // the default; "a|b": an INT, its place among these words
+    OptionType type;
+    Stored stored;
     size_t offset;
     double low, high;
     const char* help;
 } Option;
 #define AT(field) offsetof(Config, field)
 static const Option OPTIONS[] = {
-    {NULL, "", 0, "", 0, 0, 0, "Data"},
-    {"input", "", 0, "ss", AT(input), 0, 0, "a text file, read as bytes; or token shards: FILE.bin, 'GLOB'"},
-    {"val", "", 0, "ss", AT(val), 0, 0, "the same, to validate on (default: the last 10 % of --input)"},
-    {"tokenizer", "", 0, "ss", AT(tokenizer), 0, 0, "of shards (default: gpt2_tokenizer.bin near them)"},
-    {NULL, "", 0, "", 0, 0, 0, "Model"},
-    {"scheme", "us", "us|sp", "im", AT(scheme), 0, 0, "unit scaling, or the standard parametrization"},
-    {"layers", "4", 0, "im", AT(layers), 1, 1000, "blocks"},
-    {"width", "128", 0, "im", AT(width), 1, 65536, "of the stream"},
-    {"heads", "4", 0, "im", AT(heads), 1, 1024, "of attention"},
-    {"seq", "128", 0, "im", AT(seq), 1, 1 << 20, "positions of a sequence"},
-    {"activation", "gelu", "gelu|relu|silu", "im", AT(activation), 0, 0, "of the mlp"},
-    {"tau", "auto", 0, "fm", AT(tau), 0, 1, "share of a branch in the stream's variance"},
-    {NULL, "", 0, "", 0, 0, 0, "Training"},
-    {"batch", "8", 0, "is", AT(batch), 1, 65536, "sequences at a time"},
-    {"accum", "1", 0, "is", AT(accum), 1, 65536, "batches in one step"},
-    {"steps", "1500", 0, "is", AT(steps), 1, 1e9, "of the optimizer"},
-    {"optimizer", "adamw", "lion|adamw", "im", AT(optimizer), 0, 0, "a small batch likes adamw"},
-    {"lr", "auto", 0, "fs", AT(lr), 1e-12, 1e3, "peak learning rate, at base width"},
-    {"warmup", "50", 0, "is", AT(warmup), 0, 1e9, "steps of linear warm-up; then a cosine to 10 %"},
-    {"decay", "auto", 0, "fs", AT(decay), 0, 1, "weight decay of a step at peak rate"},
-    {"base-width", "256", 0, "is", AT(base_width), 1, 65536, "hidden matrices learn at --lr there"},
-    {"precision", "fp8", "fp32|bf16|fp8", "is", AT(precision), 0, 0, "of the matmuls' operands"},
-    {"recompute", "", 0, "b", AT(recompute), 0, 1, "less memory for more time (not stored: say it again)"},
-    {"seed", "1", 0, "us", AT(seed), 0, 0x1p64, "of weights, batches and samples"},
-    {NULL, "", 0, "", 0, 0, 0, "Reports, every N steps (0: never)"},
-    {"eval-every", "100", 0, "is", AT(eval_every), 0, 1e9, "validation loss"},
-    {"eval-tokens", "65536", 0, "is", AT(eval_tokens), 0, 1e9, "to validate on, spread evenly (0: all)"},
-    {"sample-every", "0", 0, "is", AT(sample_every), 0, 1e9, "a sample of text"},
-    {"stats-every", "0", 0, "is", AT(stats_every), 0, 1e9, "unit-scale statistics of every tensor"},
-    {NULL, "", 0, "", 0, 0, 0, "Files"},
-    {"out", "", 0, "s", AT(out), 0, 0, "directory for logs and checkpoints (default: nothing is saved)"},
-    {"save-every", "0", 0, "is", AT(save_every), 0, 1e9, "also keep one every N steps"},
-    {"keep", "2", 0, "is", AT(keep), 0, 1e9, "newest checkpoints, made every 10 minutes (0: all)"},
-    {"resume", "", 0, "b", AT(resume), 0, 1, "go on from the newest checkpoint in --out, if there is one"},
-    {"new-data", "", 0, "b", AT(new_data), 0, 1, "with --resume: even if the data is not what it was"},
-    {"dump", "", 0, "s", AT(dump), 0, 0, "write every tensor of the first step to this file, and stop"},
-    {NULL, "", 0, "", 0, 0, 0, "Text"},
-    {"generate", "", 0, "s", AT(generate), 0, 0, "write text with this checkpoint instead of training"},
-    {"prompt", "", 0, "s", AT(prompt), 0, 0, "how the text begins"},
-    {"tokens", "256", 0, "i", AT(tokens), 1, 1e9, "to write"},
-    {"temperature", "0.8", 0, "f", AT(temperature), 0, 100, "0: always the likeliest token"},
-    {"top-k", "0", 0, "i", AT(top_k), 0, 65536, "choose among the k likeliest tokens (0: all)"},
-    {"help", "", 0, "b", AT(help), 0, 1, "this page"},
+    {NULL, "", 0, HEADING, NO, 0, 0, 0, "Data"},
+    {"input", "", 0, TEXT, KEPT, AT(input), 0, 0, "a text file, read as bytes; or token shards: 'GLOB'"},
+    {"val", "", 0, TEXT, KEPT, AT(val), 0, 0, "the same, to validate on (default: the last 10 % of --input)"},
+    {"tokenizer", "", 0, TEXT, KEPT, AT(tokenizer), 0, 0, "default: gpt2_tokenizer.bin near the shards"},
+    {NULL, "", 0, HEADING, NO, 0, 0, 0, "Model"},
+    {"scheme", "us", "us|sp", INT, FIXED, AT(scheme), 0, 0, "unit scaling, or the standard parametrization"},
+    {"layers", "4", 0, INT, FIXED, AT(layers), 1, 1000, "blocks"},
+    {"width", "128", 0, INT, FIXED, AT(width), 1, 65536, "of the stream"},
+    {"heads", "4", 0, INT, FIXED, AT(heads), 1, 1024, "of attention"},
+    {"seq", "128", 0, INT, FIXED, AT(seq), 1, 1 << 20, "positions of a sequence"},
+    {"activation", "gelu", "gelu|relu|silu", INT, FIXED, AT(activation), 0, 0, "of the mlp"},
+    {"tau", "auto", 0, FLOAT, FIXED, AT(tau), 0, 1, "share of a branch in the stream's variance"},
+    {NULL, "", 0, HEADING, NO, 0, 0, 0, "Training"},
+    {"batch", "8", 0, INT, KEPT, AT(batch), 1, 65536, "sequences at a time"},
+    {"accum", "1", 0, INT, KEPT, AT(accum), 1, 65536, "batches in one step"},
+    {"steps", "1500", 0, INT, KEPT, AT(steps), 1, 1e9, "of the optimizer"},
+    {"optimizer", "adamw", "lion|adamw", INT, FIXED, AT(optimizer), 0, 0, "a small batch likes adamw"},
+    {"lr", "auto", 0, FLOAT, KEPT, AT(lr), 1e-12, 1e3, "peak learning rate, at base width"},
+    {"warmup", "50", 0, INT, KEPT, AT(warmup), 0, 1e9, "steps of linear warm-up; then a cosine to 10 %"},
+    {"decay", "auto", 0, FLOAT, KEPT, AT(decay), 0, 1, "weight decay of a step at peak rate"},
+    {"base-width", "256", 0, INT, KEPT, AT(base_width), 1, 65536, "hidden matrices learn at --lr there"},
+    {"precision", "fp8", "fp32|bf16|fp8", INT, KEPT, AT(precision), 0, 0, "of the matmuls' operands"},
+    {"recompute", "", 0, FLAG, NO, AT(recompute), 0, 1, "less memory for more time (--resume forgets it)"},
+    {"seed", "1", 0, UINT64, KEPT, AT(seed), 0, 0x1p64, "of weights, batches and samples"},
+    {NULL, "", 0, HEADING, NO, 0, 0, 0, "Reports, every N steps (0: never)"},
+    {"eval-every", "100", 0, INT, KEPT, AT(eval_every), 0, 1e9, "validation loss"},
+    {"eval-tokens", "65536", 0, INT, KEPT, AT(eval_tokens), 0, 1e9, "to validate on, spread evenly (0: all)"},
+    {"sample-every", "0", 0, INT, KEPT, AT(sample_every), 0, 1e9, "a sample of text"},
+    {"stats-every", "0", 0, INT, KEPT, AT(stats_every), 0, 1e9, "unit-scale statistics of every tensor"},
+    {NULL, "", 0, HEADING, NO, 0, 0, 0, "Files"},
+    {"out", "", 0, TEXT, NO, AT(out), 0, 0, "directory for logs and checkpoints (default: nothing is saved)"},
+    {"save-every", "0", 0, INT, KEPT, AT(save_every), 0, 1e9, "also keep one every N steps"},
+    {"keep", "2", 0, INT, KEPT, AT(keep), 0, 1e9, "newest checkpoints, made every 10 minutes (0: all)"},
+    {"resume", "", 0, FLAG, NO, AT(resume), 0, 1, "go on from the newest checkpoint in --out, if any"},
+    {"new-data", "", 0, FLAG, NO, AT(new_data), 0, 1, "with --resume: even if the data is not what it was"},
+    {"dump", "", 0, TEXT, NO, AT(dump), 0, 0, "write every tensor of the first step to this file, and stop"},
+    {NULL, "", 0, HEADING, NO, 0, 0, 0, "Text"},
+    {"generate", "", 0, TEXT, NO, AT(generate), 0, 0, "write text with this checkpoint instead of training"},
+    {"prompt", "", 0, TEXT, NO, AT(prompt), 0, 0, "how the text begins"},
+    {"tokens", "256", 0, INT, NO, AT(tokens), 1, 1e9, "to write"},
+    {"temperature", "0.8", 0, FLOAT, NO, AT(temperature), 0, 100, "0: always the likeliest token"},
+    {"top-k", "0", 0, INT, NO, AT(top_k), 0, 65536, "choose among the k likeliest tokens (0: all)"},
+    {"help", "", 0, FLAG, NO, AT(help), 0, 1, "this page"},
 };
 static const Option* const OPTIONS_END = OPTIONS + sizeof OPTIONS / sizeof *OPTIONS;
 
@@ -1722,7 +1783,7 @@ static int choice(char to[16], const char* choices, int i) {
 }
 static void option_set(Config* c, const Option* o, const char* value, const char* where) {
     char *end = NULL, *field = (char*)c + o->offset, name[16];
-    if (*o->type == 's') *(const char**)field = value;
+    if (o->type == TEXT) *(const char**)field = value;
     else if (o->choices) {
         int i = 0;
         while (choice(name, o->choices, i) && strcmp(name, value) != 0) i++;
@@ -1734,12 +1795,12 @@ static void option_set(Config* c, const Option* o, const char* value, const char
         errno = 0;
         uint64_t whole = strtoull(value, &end, 10);
         double x = isdigit((uint8_t)*value) && !errno ? (double)whole : -1;
-        if (*o->type == 'f') x = strtod(value, &end);
+        if (o->type == FLOAT) x = strtod(value, &end);
         if (end == value || *end || !(x >= o->low && x <= o->high))
             die("%s--%s is a %s from %g to %.9g, not '%s'", where, o->name,
-                *o->type == 'f' ? "number" : "whole number", o->low, o->high, value);
-        if (*o->type == 'f') *(float*)field = (float)x;
-        else if (*o->type == 'u') *(uint64_t*)field = whole;
+                o->type == FLOAT ? "number" : "whole number", o->low, o->high, value);
+        if (o->type == FLOAT) *(float*)field = (float)x;
+        else if (o->type == UINT64) *(uint64_t*)field = whole;
         else *(int*)field = (int)whole;
     }
 }
@@ -1748,13 +1809,13 @@ static const char* option_get(const Config* c, const Option* o) {
     const char* field = (const char*)c + o->offset;
     char name[16];
     if (o->choices) return choice(name, o->choices, *(const int*)field) ? form("%s", name) : "";
-    if (*o->type == 's') return *(char* const*)field;
-    if (*o->type == 'f') {  // short where that reads back the same
+    if (o->type == TEXT) return *(char* const*)field;
+    if (o->type == FLOAT) {  // short where that reads back the same
         const char* brief = form("%g", (double)*(const float*)field);
         const int exact = strtof(brief, NULL) == *(const float*)field;
         return exact ? brief : form("%.9g", (double)*(const float*)field);
     }
-    if (*o->type == 'u') return form("%llu", (unsigned long long)*(const uint64_t*)field);
+    if (o->type == UINT64) return form("%llu", (unsigned long long)*(const uint64_t*)field);
     return form("%d", *(const int*)field);
 }
 
@@ -1762,7 +1823,7 @@ static void print_help(void) {
     printf("train_us: trains a GPT-like model in FP8 by unit scaling (µS), and writes text with it\n"
            "./train_us --input FILE [options]      ./train_us --generate CHECKPOINT [--prompt TEXT]\n");
     for (const Option* o = OPTIONS; o < OPTIONS_END; o++) {
-        const char* kind = *o->type == 's' ? "TEXT" : *o->type == 'b' ? "" : *o->type == 'f' ? "X" : "N";
+        const char* kind = o->type == TEXT ? "TEXT" : o->type == FLAG ? "" : o->type == FLOAT ? "X" : "N";
         const char* value = o->choices ? o->choices : kind;
         const char* flag = o->name ? form("  %-30s ", form("--%s %s", o->name, value)) : "";
         printf("%s%s%s\n", flag, o->help, *o->value ? form(" [%s]", o->value) : "");
@@ -1775,13 +1836,12 @@ static void print_help(void) {
 static void config_parse(Config* c, int argc, char** argv, const Archive* checkpoint) {
     memset(c, 0, sizeof *c);
     for (const Option* o = OPTIONS; o < OPTIONS_END; o++) {
-        if (!o->name || *o->type == 'b') continue;
+        if (!o->name || o->type == FLAG) continue;
         option_set(c, o, o->value, "");
-        if (!checkpoint || !o->type[1]) continue;
-        const char* value = archive_get(checkpoint, o->name);
-        if (!value && o->type[1] == 's') continue;  // a setting that is younger than the checkpoint
-        if (!value) die("checkpoint %s does not say its --%s", checkpoint->path, o->name);
-        option_set(c, o, value, form("checkpoint %s: ", checkpoint->path));
+        const char* value = checkpoint && o->stored ? archive_get(checkpoint, o->name) : NULL;
+        if (value) option_set(c, o, value, form("checkpoint %s: ", checkpoint->path));
+        else if (checkpoint && o->stored == FIXED)  // a setting may be younger than the checkpoint
+            die("checkpoint %s does not say its --%s", checkpoint->path, o->name);
     }
     for (int i = 1; i < argc; i++) {
         char name[64] = "";
@@ -1792,14 +1852,12 @@ static void config_parse(Config* c, int argc, char** argv, const Archive* checkp
         if (o == OPTIONS_END && i > 2 && *argv[i] != '-' && access(argv[i], F_OK) == 0)
             die("%s is one file too many: quote a pattern of names, as in --input 'DIR/*.bin'", argv[i]);
         if (o == OPTIONS_END) die("there is no option %s (--help lists them)", argv[i]);
-        if (*o->type == 'b' && equals) die("--%s takes no value", name);
-        if (*o->type != 'b' && !equals) {
-            if (i + 1 == argc) die("--%s wants a value (--help lists the options)", name);
-            value = argv[++i];
-        }
+        if (o->type == FLAG && equals) die("--%s takes no value", name);
+        if (o->type != FLAG && !equals) value = ++i < argc ? argv[i] : NULL;
+        if (!value) die("--%s wants a value (--help lists the options)", name);
         const char* before = option_get(c, o);
         option_set(c, o, checkpoint && strcmp(value, "auto") == 0 ? before : value, "");
-        if (checkpoint && o->type[1] == 'm' && strcmp(before, option_get(c, o)) != 0)
+        if (checkpoint && o->stored == FIXED && strcmp(before, option_get(c, o)) != 0)
             die("--%s %s does not fit checkpoint %s, which has %s", name, value, checkpoint->path, before);
     }
     if (c->width % c->heads && (checkpoint || !(c->resume || *c->generate)))
@@ -1809,17 +1867,15 @@ static void config_parse(Config* c, int argc, char** argv, const Archive* checkp
 static void config_defaults(Config* c) {
     // By tokens (bytes, GPT-2's), scheme (us, sp) and optimizer (lion, adamw): dev/rates.py, table in README.
     static const float rates[2][2][2] = {{{0.02f, 0.02f}, {3e-4f, 2e-3f}}, {{0.08f, 0.16f}, {5e-4f, 2e-3f}}};
-    static const float decays[2] = {1e-3f, 1e-4f};
     if (c->tau < 0) c->tau = default_tau(c->layers);
     if (c->lr < 0) c->lr = rates[c->vocab != BYTES_VOCAB][c->scheme][c->optimizer];
-    if (c->decay < 0) c->decay = decays[c->scheme];
+    if (c->decay < 0) c->decay = c->scheme ? 1e-4f : 1e-3f;
 }
 
 // ---- Device --------------------------------------------------------------------------------------------
 // A device does the arithmetic of a run. This file has one; train_us.cu has another, which keeps the model to
 // itself: its tensors come and go one at a time.
 typedef enum { PARAMS, FIRST_MOMENT, SECOND_MOMENT } Lasting;  // what a checkpoint has of each tensor
-typedef struct { double loss, norm; const Tensor* bad; } StepResult;  // bad: its gradient is not finite
 typedef struct {
     const char* name;
     int on_host;                                              // the model is in the host's memory
@@ -1837,26 +1893,6 @@ typedef struct {
     const char* (*utilisation)(const Model* m, double rate);  // of the device, at so many tokens/s: " | ..."
 } Device;
 
-// The loss so far is in r; the step is not taken if something is not finite.
-static StepResult cpu_finish(Model* m, StepResult r, double lr) {
-    r.norm = gradient_norm(m, &r.bad);
-    if (isfinite(r.loss) && !r.bad) model_update(m, lr), m->step++;
-    return r;
-}
-static StepResult cpu_step(Model* m, const Split* train, double lr) {
-    StepResult r = {0, 0, NULL};
-    const long sequence = m->sequence, step = m->step;
-    memset(m->grads, 0, sizeof(float) * (size_t)m->num_params);
-    for (int i = 0; i < m->c.accum; i++) {
-        next_batch(m, train);
-        r.loss += model_loss(m, 1) / m->c.accum;
-        model_backward(m);
-        m->stats_on = 0;  // statistics are of the first batch
-    }
-    r = cpu_finish(m, r, lr);
-    if (m->step == step) m->sequence = sequence;
-    return r;
-}
 static StepResult cpu_update(Model* m, double lr) {
     StepResult r = {0, 0, NULL};
     return cpu_finish(m, r, lr);
@@ -1881,11 +1917,9 @@ static const float* cpu_get(Model* m, Lasting what, const Tensor* t) {
 static void cpu_put(Model* m, Lasting what, const Tensor* t, const void* values) {
     memcpy((float*)cpu_get(m, what, t), values, sizeof(float) * (size_t)(t->rows * t->cols));
 }
-static void cpu_describe(const Model* m) { (void)m; }
-static const char* cpu_utilisation(const Model* m, double rate) { return (void)m, (void)rate, ""; }
 __attribute__((unused)) static const Device CPU = {
-    "CPU", 1, model_alloc_buffers, cpu_nothing, cpu_describe, cpu_step, cpu_loss, cpu_trace, cpu_update,
-    cpu_next, cpu_nothing, cpu_get, cpu_put, cpu_utilisation};
+    "CPU", 1, model_alloc_buffers, cpu_nothing, NULL, cpu_step, cpu_loss, cpu_trace, cpu_update,
+    cpu_next, cpu_nothing, cpu_get, cpu_put, NULL};
 
 // A model as it begins, once the device is open.
 static void model_init(Model* m, const Device* device) {
@@ -1902,41 +1936,35 @@ static void archive_config(Archive* a, const Model* m) {
     const double numbers[] = {(double)m->c.vocab, (double)m->step, (double)m->sequence, m->grad_scale};
     memset(a, 0, sizeof *a);
     for (const Option* o = OPTIONS; o < OPTIONS_END; o++)
-        if (*o->type && o->type[1]) archive_meta(a, o->name, shown(option_get(&m->c, o)));  // JSON is UTF-8
+        if (o->stored) archive_meta(a, o->name, shown(option_get(&m->c, o)));  // JSON is UTF-8
     for (int i = 0; i < 4; i++) archive_meta(a, keys[i], form("%.17g", numbers[i]));
     archive_meta(a, "data", form("%016llx", (unsigned long long)m->c.data));
     archive_meta(a, "val_data", form("%016llx", (unsigned long long)m->c.val_data));
 }
 static void archive_tensors(Archive* a, const Model* m, const char* prefix, const float* data) {
-    for (int i = 0; i < m->num_tensors; i++) {
-        const Tensor* t = &m->tensors[i];
-        int vector = t->kind->rows == DIM_1;
-        long d0 = vector ? t->cols : t->rows, d1 = vector ? 0 : t->cols;
-        archive_add(a, form("%s%s", prefix, t->name), "F32", data ? data + t->offset : NULL, d0, d1, 0);
+    for (const Tensor* t = m->tensors; t < m->tensors + m->num_tensors; t++) {
+        const int vector = t->kind->rows == DIM_1;
+        archive_add(a, form("%s%s", prefix, t->name), "F32", data ? data + t->offset : NULL,
+                    vector ? t->cols : t->rows, vector ? 0 : t->cols, 0);
     }
 }
 static const char* checkpoint_path(const char* dir, long step) {
     return form("%s/ckpt_%08ld.safetensors", dir, step);
 }
 static int lasting(const Model* m) { return !m->training ? 1 : m->c.optimizer == ADAMW ? 3 : 2; }
-static const char* prefix_of(const Model* m, int what) {
-    static const char* const prefixes[2][3] = {{"", "lion.m.", ""}, {"", "adam.m.", "adam.v."}};
-    return prefixes[m->c.optimizer == ADAMW][what];
-}
+static const char* const PREFIXES[2][3] = {{"", "lion.m.", ""}, {"", "adam.m.", "adam.v."}};
 // Returns 0, or errno where it cannot be written.
 static int checkpoint_save(Model* m, const Device* device) {
-    const char* path = copied(checkpoint_path(m->c.out, m->step));
     Archive a;
     archive_config(&a, m);
-    for (int what = PARAMS; what < lasting(m); what++) archive_tensors(&a, m, prefix_of(m, what), NULL);
-    FILE* f = archive_begin(&a, path);
+    for (int i = PARAMS; i < lasting(m); i++) archive_tensors(&a, m, PREFIXES[m->c.optimizer][i], NULL);
+    FILE* f = archive_begin(&a, checkpoint_path(m->c.out, m->step));
     for (int i = 0; f && !ferror(f) && i < a.num_entries; i++) {
         const Tensor* t = &m->tensors[i % m->num_tensors];
-        const float* values = device->get(m, (Lasting)(i / m->num_tensors), t);
-        fwrite(values, sizeof(float), (size_t)(t->rows * t->cols), f);
+        fwrite(device->get(m, (Lasting)(i / m->num_tensors), t), 4, (size_t)(t->rows * t->cols), f);
     }
-    const int error = archive_end(f, path);
-    archive_free(&a), free((char*)path);
+    const int error = archive_end(f, checkpoint_path(m->c.out, m->step));
+    archive_free(&a);
     return error;
 }
 
@@ -1966,20 +1994,18 @@ static void checkpoint_fill(Model* m, const Device* device, Lasting what, const 
 // All that the file holds, or to generate text only the parameters.
 static void checkpoint_load(Model* m, const Device* device, const Archive* a) {
     const int unknown = a->num_entries - lasting(m) * m->num_tensors;
-    for (int what = PARAMS; what < lasting(m); what++)
-        checkpoint_fill(m, device, (Lasting)what, a, prefix_of(m, what));
+    for (int i = PARAMS; i < lasting(m); i++)
+        checkpoint_fill(m, device, (Lasting)i, a, PREFIXES[m->c.optimizer][i]);
     if (m->training && unknown) die("%s holds %d tensors that are not known", a->path, unknown);
     m->step = checkpoint_number(a, "step", 1e15);
     m->sequence = checkpoint_number(a, "sequence", 1e15);
 }
-// Step of the newest checkpoint in --out before `step`, or -1; and whether a run left a log there.
-static long checkpoint_before(const char* dir, long step, int* logged) {
+// Step of the newest checkpoint in --out before `step`, or -1.
+static long checkpoint_before(const char* dir, long step) {
     long newest = -1, found;
     DIR* d = opendir(dir);
-    *logged = 0;
     if (!d && errno != ENOENT) die("cannot open --out %s: %s", dir, strerror(errno));
     for (struct dirent* e; d && (e = readdir(d)); ) {
-        if (strcmp(e->d_name, "log.csv") == 0) *logged = 1;
         if (sscanf(e->d_name, "ckpt_%ld", &found) != 1 || found <= newest || found >= step) continue;
         if (strcmp(form("%s/%s", dir, e->d_name), checkpoint_path(dir, found)) == 0) newest = found;
     }
@@ -1988,12 +2014,10 @@ static long checkpoint_before(const char* dir, long step, int* logged) {
 }
 // Opens the newest checkpoint in --out that is not damaged, and names those that are; is one there?
 static int checkpoint_open(Archive* a, const char* dir) {
-    static long step, older;  // not on the stack, which longjmp may leave half changed
-    int logged;
-    for (step = checkpoint_before(dir, LONG_MAX, &logged); step >= 0; step = older) {
+    static long step;  // not on the stack, which longjmp may leave half changed
+    for (step = checkpoint_before(dir, LONG_MAX); step >= 0; step = checkpoint_before(dir, step)) {
         jmp_buf next;
-        older = checkpoint_before(dir, step, &logged);
-        die_to = older >= 0 ? &next : NULL;
+        die_to = checkpoint_before(dir, step) >= 0 ? &next : NULL;
         if (die_to && setjmp(next)) { archive_free(a); continue; }
         archive_read(a, checkpoint_path(dir, step));
         checkpoint_check(a, step);
@@ -2002,12 +2026,11 @@ static int checkpoint_open(Archive* a, const char* dir) {
     die_to = NULL;
     return step >= 0;
 }
-// Deletes all but the newest --keep of the checkpoints that this process wrote, from step `first` to `step`;
-// those that --save-every names stay.
 static int every(int n, long step) { return n && step % n == 0; }
+// Deletes all but the newest --keep that this process wrote, after step `first`; those of --save-every stay.
 static void checkpoints_trim(const Config* c, long first, long step) {
-    int logged, kept = 0;
-    for (long s = step + 1; c->keep && (s = checkpoint_before(c->out, s, &logged)) > first; )
+    int kept = 0;
+    for (long s = step + 1; c->keep && (s = checkpoint_before(c->out, s)) > first; )
         if (!every(c->save_every, s) && ++kept > c->keep) unlink(checkpoint_path(c->out, s));
 }
 
@@ -2047,9 +2070,8 @@ static double memory_available(void) {
 // there. on_host: all of it, with one tensor apart while it is made; or else that one alone.
 static void check_memory(const Model* m, int on_host) {
     const double available = memory_available();
-    double params = 4.0 * (double)m->num_params * (lasting(m) + m->training), kept = 0, one = 0;
-    for (int i = 0; i < m->num_tensors; i++)
-        one = fmax(one, 4.0 * (double)m->tensors[i].rows * (double)m->tensors[i].cols);
+    double params = 4.0 * (double)m->num_params * (lasting(m) + m->training), kept = 0;
+    const double one = 4.0 * m->c.width * fmax((double)m->vp, 4.0 * m->c.width);
     for (int k = 0; k < BUFFERS; k++) kept += 4 * buffer_size(m, k);
     if (!on_host) params = kept = 0;
     if (m->training && on_host)
@@ -2067,7 +2089,7 @@ static void dump(Model* m, const Device* device, const Split* train) {
     const long B = m->c.batch, T = m->c.seq, V = m->c.vocab;
     next_batch(m, train);
     device->fetch(m);
-    float loss = (float)device->trace(m), *logits = floats((double)(m->rows * V));
+    float loss = (float)device->trace(m), *logits = scratch(SCRATCH_TENSOR, m->rows * V);
     for (long n = 0; n < m->rows; n++)
         memcpy(logits + n * V, buffer(m, 0, A_LOGITS, n), sizeof(float) * (size_t)V);
     archive_config(&a, m);
@@ -2090,7 +2112,6 @@ static void dump(Model* m, const Device* device, const Split* train) {
     const int error = archive_write(&a, m->c.dump);
     if (error) die("cannot write %s: %s", m->c.dump, strerror(error));
     archive_free(&a);
-    free(logits);
     printf("wrote %s\n", shown(m->c.dump));
 }
 
@@ -2099,10 +2120,9 @@ static void dump(Model* m, const Device* device, const Split* train) {
 // second Ctrl-C, a second later, ends the program at once, and not while it saves.
 static volatile sig_atomic_t stop_signal, saving;
 static double stopped_at;
-static void on_signal(int number) {
-    const int again = stop_signal && number == SIGINT && seconds() - stopped_at > 1;
-    if (!stop_signal) stop_signal = number, stopped_at = seconds();
-    if (again && !saving) signal(number, SIG_DFL), raise(number);
+static void on_signal(int sig) {
+    if (!stop_signal) stop_signal = sig, stopped_at = seconds();
+    else if (sig == SIGINT && !saving && seconds() - stopped_at > 1) signal(sig, SIG_DFL), raise(sig);
 }
 
 // ---- Writing text --------------------------------------------------------------------------------------
@@ -2126,25 +2146,20 @@ static int sample_token(const float* logits, const Config* c, long position) {
     return list[k - 1].token;
 }
 
-// Writes `count` tokens after the prompt. Earlier positions keep their keys and values; when the model's
-// window is full, it goes on from the second half.
+// Writes `count` tokens after the prompt, keys and values kept; a full window goes on from its second half.
 static void generate(Model* m, const Device* device, const Text* text, int count) {
     const long T = m->c.seq;
     long length = 0, known = 0;
-    int *window = m->inputs, *start = (int*)floats((double)strlen(m->c.prompt) + 1);
+    int *window = m->inputs, *start = (int*)scratch(SCRATCH_TENSOR, (long)strlen(m->c.prompt) + 1);
     int n = text_encode(text, m->c.prompt, start);
     if (n == 0) start[n++] = text->end;
-    for (int i = n < T ? 0 : n - (int)T; i < n; i++) {  // the end of a prompt that is too long
+    for (int i = 0; i < n; i++) {
         if (start[i] < 0) die("the tokenizer lacks a byte of --prompt");
-        window[length++] = start[i];
+        if (*m->c.prompt) text_print(text, start[i]);
+        if (i >= n - T) window[length++] = start[i];  // the end of a prompt that is too long
     }
-    char* prompt = copied(m->c.prompt);
-    make_safe(prompt, (long)strlen(prompt), 0);
-    fputs(prompt, stdout);
-    free(prompt);
     for (int i = 0; i < count && !stop_signal; i++) {
-        const float* logits = device->next(m, known, length);
-        int token = sample_token(logits, &m->c, i);
+        const int token = sample_token(device->next(m, known, length), &m->c, i);
         known = length;
         text_print(text, token);
         fflush(stdout);
@@ -2157,7 +2172,6 @@ static void generate(Model* m, const Device* device, const Text* text, int count
     }
     text_print(text, -1);
     printf("\n");
-    free(start);
 }
 
 // ---- Training ------------------------------------------------------------------------------------------
@@ -2170,7 +2184,7 @@ static void print_files(const char* what, const Tokens* t) {
 static void print_header(const Model* m, const Device* device, const Split* train, const Split* val) {
     int column = printf("us.c on %s, threads %d,", device->name, max_threads());
     for (const Option* o = OPTIONS; o < OPTIONS_END; o++) {
-        if (!o->name || !o->type[1] || *o->type == 's') continue;
+        if (!o->name || !o->stored || o->type == TEXT) continue;
         if (column > 85) column = printf("\n ") - 1;
         column += printf(" %s %s", o->name, option_get(&m->c, o));
     }
@@ -2205,10 +2219,10 @@ static void print_stats(const Model* m, FILE* csv) {
         for (int k = 0; k < (stream ? 1 : 3); k++) {
             const Stat* s = &row->stat[k];
             printf("| %5.3g %5.3g %6.2f %5.2f ", s->rms, s->max, 100 * s->flushed, 100 * s->saturated);
-            if (!csv) continue;
-            fprintf(csv, "%ld,%s,%s,%s,%.6g,%.6g,%.6g,%.6g\n", m->step, row->name,
-                    stream ? "stream" : operands[k], FORMATS[s->format].name, s->rms, s->max, s->flushed,
-                    s->saturated);
+            const char* operand = stream ? "stream" : operands[k];
+            if (csv)
+                fprintf(csv, "%ld,%s,%s,%s,%.6g,%.6g,%.6g,%.6g\n", m->step, row->name, operand,
+                        FORMATS[s->format].name, s->rms, s->max, s->flushed, s->saturated);
         }
         printf("\n");
     }
@@ -2259,7 +2273,6 @@ static double validate(Model* m, const Device* device, const Split* val) {
 static struct { Model* m; const Device* device; long batch, first, sequence, saved; double saved_at; }
     current;
 static double save_seconds = 600;  // what a run may lose by a power cut
-// Returns whether the checkpoint could be written.
 static int save(void) {
     Model* m = current.m;
     saving = 1;
@@ -2294,14 +2307,12 @@ static void train(Model* m, const Device* device, const Split* train, const Spli
     const Config* c = &m->c;
     FILE *log = NULL, *stats = NULL;
     double val_loss = NAN, begin = seconds();
-    const long first = m->step;
     const int terminal = isatty(STDOUT_FILENO), sample = (int)min_l(c->tokens, 256);
     for (long i = 0; i < val_windows(c, val); i++) val_read(m, val, i, 1);  // a bad token ends the run here
-    current.m = m, current.device = device, current.saved = current.first = first;
+    current.m = m, current.device = device, current.saved = current.first = m->step;
     current.sequence = m->sequence, current.batch = c->batch, current.saved_at = begin;
     if (*c->out) {
-        if (mkdir(c->out, 0777) != 0 && errno != EEXIST)
-            die("cannot make --out %s: %s", c->out, strerror(errno));
+        if (mkdir(c->out, 0777) && errno != EEXIST) die("cannot make --out %s: %s", c->out, strerror(errno));
         if (flock(open(c->out, O_RDONLY), LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK)
             die("another process trains into --out %s", c->out);
         log = open_log(m, "log.csv", "step,train_loss,val_loss,lr,grad_norm,ms,tokens_per_s");
@@ -2326,36 +2337,30 @@ static void train(Model* m, const Device* device, const Split* train, const Spli
                 "help", s, r.bad ? form("gradient of %s", r.bad->name) : "loss");
         current.sequence = m->sequence;
         if (log && last) save();  // first of all: what follows takes time, and no signal cuts it short
-        if (want_val) val_loss = validate(m, device, val);
-        const int have_val = want_val && isfinite(val_loss);
-        long left = (long)((seconds() - begin) / (double)(s - first) * (double)(c->steps - s));
+        val_loss = want_val ? validate(m, device, val) : NAN;
+        long left = (long)((seconds() - begin) / (double)(s - current.first) * (double)(c->steps - s));
         printf("%sstep %ld/%d | loss %.4f", terminal ? "\r\033[K" : "", s, c->steps, r.loss);
-        if (have_val) printf(" | val %.4f", val_loss);
+        if (isfinite(val_loss)) printf(" | val %.4f", val_loss);
         printf(" | lr %.5f | norm %.3g | %.0f ms | %.0f tokens/s%s | %ld:%02ld left", lr, r.norm, ms, rate,
-               device->utilisation(m, rate), left / 60, left % 60);
+               device->utilisation ? device->utilisation(m, rate) : "", left / 60, left % 60);
         if (!terminal || want_val || want_stats || want_sample) printf("\n");
         if (want_stats) print_stats(m, stats);
         if (log) {
-            const char* val_text = have_val ? form("%.6f", val_loss) : "";
+            const char* val_text = isfinite(val_loss) ? form("%.6f", val_loss) : "";
             fprintf(log, "%ld,%.6f,%s,%.6g,%.6g,%.3f,%.1f\n", s, r.loss, val_text, lr, r.norm, ms, rate);
             flush_log(log, c->out), flush_log(stats, c->out);
         }
         if (want_sample) generate(m, device, text, sample);
         fflush(stdout);
-        const int timed = seconds() - current.saved_at >= save_seconds;
-        if (log && !last && (timed || every(c->save_every, s))) save();
+        if (log && !last && (seconds() - current.saved_at >= save_seconds || every(c->save_every, s))) save();
     }
     if (stopping(m)) printf("\nstopped by a signal after step %ld\n", m->step);
     if (log) save_at_end();
-    if (!stopping(m)) {
-        if (isnan(val_loss)) val_loss = validate(m, device, val);
-        printf("validation loss %.4f", val_loss);
-        if (c->vocab == BYTES_VOCAB) printf(", %.4f bits per byte", val_loss / 0.693147180559945);
-        printf("; a sample:\n");
-        generate(m, device, text, sample);
-    }
-    if (log) fclose(log);
-    if (stats) fclose(stats);
+    if (stopping(m)) return;
+    printf("validation loss %.4f", val_loss);
+    if (c->vocab == BYTES_VOCAB) printf(", %.4f bits per byte", val_loss / 0.693147180559945);
+    printf("; a sample:\n");
+    generate(m, device, text, sample);
 }
 
 // What to train on, and to validate on: --input without its last 10 %, and these; or with --val all of each.
@@ -2372,12 +2377,11 @@ static void splits_open(Config* c, Split* train, Split* val) {
     if (*c->val) {
         tokens_open(&other, c->val);
         if (other.bytes_per_token != tokens.bytes_per_token) die("--input and --val are not of one kind");
-        val->tokens = &other;
-        val->start = 0;
-        val->count = other.count;
+        const Split all = {&other, 0, other.count};
+        *val = all;
+        c->val_data = tokens_hash(&other);
     }
     c->data = tokens_hash(&tokens);
-    c->val_data = *c->val ? tokens_hash(&other) : 0;
     if (train->count <= c->seq || val->count <= c->seq)
         die("%ld tokens to train on and %ld to validate on are too few for --seq %d: "
             "use more text or a smaller --seq", train->count, val->count, c->seq);
@@ -2426,7 +2430,7 @@ __attribute__((unused)) static int run(int argc, char** argv, const Device* devi
     static Text text;
     static Split training, validation;
     static Archive checkpoint;
-    int logged, loaded = 0, fd;
+    int loaded = 0, fd;
     wait_briefly(argv);
     // Descriptors 0 to 2, if they came closed, must not become a log's, which would get what is printed.
     while ((fd = open("/dev/null", O_RDONLY)) >= 0 && fd <= 2) {}
@@ -2438,11 +2442,9 @@ __attribute__((unused)) static int run(int argc, char** argv, const Device* devi
     if (*c.generate && *c.dump) die("--generate and --dump are two things: give one of them");
     if (c.resume && !*c.out) die("--resume needs the --out directory of the run to continue");
     if (*c.generate) archive_read(&checkpoint, c.generate), checkpoint_check(&checkpoint, -1), loaded = 1;
-    else if (*c.out) {
-        if (!c.resume && (checkpoint_before(c.out, LONG_MAX, &logged) >= 0 || logged))
-            die("%s holds a run already: --resume it, or name another --out", c.out);
-        if (c.resume) loaded = checkpoint_open(&checkpoint, c.out);
-    }
+    else if (c.resume) loaded = checkpoint_open(&checkpoint, c.out);
+    else if (*c.out && (checkpoint_before(c.out, LONG_MAX) >= 0 || !access(form("%s/log.csv", c.out), F_OK)))
+        die("%s holds a run already: --resume it, or name another --out", c.out);
     if (loaded) {
         config_parse(&c, argc, argv, &checkpoint);
         c.vocab = (int)checkpoint_number(&checkpoint, "vocab", 65536);
@@ -2463,8 +2465,7 @@ __attribute__((unused)) static int run(int argc, char** argv, const Device* devi
     else splits_open(&c, &training, &validation);
     config_defaults(&c);
     if (c.vocab == BYTES_VOCAB) text_open(&text, NULL);
-    else table_open(&text, &c, loaded ? archive_get(&checkpoint, "tokenizer") : NULL);
-
+    else table_open(&text, &c, archive_get(&checkpoint, "tokenizer"));
     if (*c.dump || *c.generate) c.recompute = 0;  // both want every block's buffers
     model_layout(&m, &c);
     if (!*c.generate) print_header(&m, device, &training, &validation);
@@ -2477,14 +2478,13 @@ __attribute__((unused)) static int run(int argc, char** argv, const Device* devi
     else model_init(&m, device);
     if (*c.generate) generate(&m, device, &text, c.tokens);
     else {
-        device->describe(&m);
+        if (device->describe) device->describe(&m);
         if (loaded) resumed(&c, &checkpoint, m.step);
         if (*c.dump) dump(&m, device, &training);
         else train(&m, device, &training, &validation, &text);
     }
     device->close(&m);
     model_free(&m);
-    archive_free(&checkpoint);
     if ((fflush(stdout) != 0 || ferror(stdout)) && stop_signal != SIGPIPE)
         die("not all of the output could be written: %s", strerror(errno));
     return 0;

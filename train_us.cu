@@ -1506,7 +1506,7 @@ template <class S> static void fetch_floats(float* to, const S* from, long n) {
 template <class S> static void trace_buffer(Model* m, int l, int kind, const S* from, long row, long n) {
     if (!gpu.tracing) return;
     fetch_floats(buffer(m, l, kind, row), from, n);
-    watched(m, l, kind, n);
+    wrote(m, l, kind, n);
 }
 template <class S> static void stat_gpu(Model* m, int row, const char* name, int operand, const S* x, long n,
                                         Format f) {
@@ -1564,7 +1564,7 @@ template <class S>
 static void linear_backward_gpu(Model* m, int l, int kind, S* dx, const S* dy, const S* x, long N) {
     const Tensor* t = tensor(m, l, kind);
     const long I = t->cols, O = t->rows, Np = gpu.is_fp8 ? padded(N) : N;
-    stat_gpu(m, stat_row(m, l, kind), t->name, 2, dy, N * O, m->hidden->gradient);
+    stat_gpu(m, stat_row(m, l, kind), t->name, 2, dy, N * O, m->precision->gradient);
     Side dy_rows = side(dy, O, 1, gpu.type), dy_columns = side(dy, O, 0, gpu.type);
     Side w = side(weight_gpu<S>(m, l, kind), I, 0, gpu.type), x_columns = side(x, I, 0, gpu.type);
     if (gpu.is_fp8) {  // k has to be contiguous: the transposed copies
@@ -1580,74 +1580,85 @@ static void linear_backward_gpu(Model* m, int l, int kind, S* dx, const S* dy, c
     launch_linear_dw(grad_gpu(m, l, kind), dy_columns, x_columns, Np, I, O, t->alpha);
 }
 
-template <class S> static void norm_forward_gpu(Model* m, int l, int branch, Dest<S> out, const S* x, S* sum,
+// A LayerNorm: its parameters and the buffers of its rows' mean and 1/deviation.
+typedef struct { int gain, bias, mean, rstd; } Norm;
+static const Norm NORM1 = {LN1_GAIN, LN1_BIAS, A_MEAN1, A_RSTD1},
+                  NORM2 = {LN2_GAIN, LN2_BIAS, A_MEAN2, A_RSTD2},
+                  FINAL = {LNF_GAIN, LNF_BIAS, A_MEANF, A_RSTDF};
+template <class S> static void norm_forward_gpu(Model* m, int l, Norm k, Dest<S> out, const S* x, S* sum,
                                                 const S* add, const S* skip, long N) {
-    const Branch* b = &BRANCHES[branch];
-    launch_norm_forward<S>(out, floats_of(m, l, b->mean), floats_of(m, l, b->rstd), sum, x, add, skip,
-                           param_gpu(m, l, b->gain), param_gpu(m, l, b->bias), m->a,
-                           skip || add ? m->b : 1.0f, N, m->c.width);
+    launch_norm_forward<S>(out, floats_of(m, l, k.mean), floats_of(m, l, k.rstd), sum, x, add, skip,
+                           param_gpu(m, l, k.gain), param_gpu(m, l, k.bias), m->skip_coef,
+                           skip || add ? m->branch_coef : 1.0f, N, m->c.width);
 }
 
-template <class S> static const S* stream_before_gpu(const Model* m, int l, int mlp) {
-    return mlp ? act<S>(m, l, A_MID) : l ? act<S>(m, l - 1, A_X) : act<S>(m, 0, A_X0);
+// A block's buffers, as in train_us.c. With FP8 only statistics look at the values of norm1, norm2 and g,
+// which are in buffers of backward's.
+template <class S> struct BlockGpu { S *before, *norm1, *qkv, *y, *out, *mid, *norm2, *up, *g, *down, *x; };
+template <class S> static const S* stream_before_gpu(const Model* m, int l) {
+    return l ? act<S>(m, l - 1, A_X) : act<S>(m, 0, A_X0);
 }
-// The input of a branch's first linear, and of `down`, in the stream's format; with FP8 where statistics find
-// it.
-template <class S> static S* branch_input_gpu(const Model* m, int l, int mlp) {
-    if (m->scheme->norm_last) return (S*)stream_before_gpu<S>(m, l, mlp);
-    return act<S>(m, l, gpu.is_fp8 ? D_BRANCH : BRANCHES[mlp].norm);
-}
-template <class S> static S* inner_gpu(const Model* m, int l, int mlp) {
-    return act<S>(m, l, !mlp ? A_Y : gpu.is_fp8 ? D_WIDE : A_G);
+template <class S> static BlockGpu<S> block_gpu(const Model* m, int l) {
+    BlockGpu<S> b = {(S*)stream_before_gpu<S>(m, l), act<S>(m, l, gpu.is_fp8 ? D_BRANCH : A_NORM1),
+                     act<S>(m, l, A_QKV), act<S>(m, l, A_Y), act<S>(m, l, A_OUT), act<S>(m, l, A_MID),
+                     act<S>(m, l, gpu.is_fp8 ? D_BRANCH : A_NORM2), act<S>(m, l, A_UP),
+                     act<S>(m, l, gpu.is_fp8 ? D_WIDE : A_G), act<S>(m, l, A_DOWN), act<S>(m, l, A_X)};
+    return b;
 }
 
 // The input of a block's qkv, where nothing before has written it: at the first block of sp, and at a block
 // that is computed again.
 template <class S> static void enter_block(Model* m, int l, long N) {
-    const S* x = stream_before_gpu<S>(m, l, 0);
-    S* value = branch_input_gpu<S>(m, l, 0);
-    const Dest<S> input = input_of<S>(m, l, QKV, value, 0, N);
-    if (!m->scheme->norm_last) {
-        norm_forward_gpu<S>(m, l, 0, input, x, NULL, NULL, NULL, N);
-        trace_buffer(m, l, A_NORM1, value, 0, N * m->c.width);
-    } else if (gpu.is_fp8) launch_weighted_sum<S>(input, 1.0f, x, 0.0f, NULL, N, m->c.width);
+    const BlockGpu<S> b = block_gpu<S>(m, l);
+    const int post = m->scheme->norm_last;
+    const Dest<S> input = input_of<S>(m, l, QKV, post ? b.before : b.norm1, 0, N);
+    if (!post) norm_forward_gpu<S>(m, l, NORM1, input, b.before, NULL, NULL, NULL, N);
+    else if (gpu.is_fp8) launch_weighted_sum<S>(input, 1.0f, b.before, 0.0f, NULL, N, m->c.width);
+    if (!post) trace_buffer(m, l, A_NORM1, b.norm1, 0, N * m->c.width);
 }
 
-// A block, from its first linear's input to its stream and the next linear's input: each residual sum is
-// fused with the LayerNorm after it (sp) or before it (us). alone: again, for backward: nothing beyond the
-// block.
+// A block, from its first linear's input to its stream and the next linear's input: each residual sum is one
+// kernel with the LayerNorm before it (us) or with the one after it, which is the next branch's (sp). alone:
+// again, for backward: nothing beyond the block.
 template <class S> static void block_forward_gpu(Model* m, int l, long B, long T, int alone) {
     const long C = m->c.width, N = B * T;
-    for (int mlp = 0; mlp < 2; mlp++) {
-        const Branch* b = &BRANCHES[mlp];
-        const S* x = stream_before_gpu<S>(m, l, mlp);
-        S *wide = act<S>(m, l, b->wide), *last = act<S>(m, l, b->last), *out = act<S>(m, l, b->out);
-        S* inner = inner_gpu<S>(m, l, mlp);
-        linear_forward_gpu<S>(m, l, b->first, wide, branch_input_gpu<S>(m, l, mlp), N);
-        trace_buffer(m, l, b->wide, wide, 0, N * (mlp ? 4 : 3) * C);
-        if (mlp)
-            launch_activation<S>(input_of<S>(m, l, DOWN, inner, 0, N), wide, NULL,
-                                 (Activation)m->c.activation, N, 4 * C);
-        else
-            attention_forward_gpu<S>(input_of<S>(m, l, OUT, inner, 1, N), gpu.lse[slot(m, l)], wide, B, T, C,
-                                     m->c.heads, stream);
-        trace_buffer(m, l, b->inner, inner, 0, N * (mlp ? 4 : 1) * C);
-        linear_forward_gpu<S>(m, l, b->second, last, inner, N);
-        trace_buffer(m, l, b->last, last, 0, N * C);
+    const int post = m->scheme->norm_last, end = l == m->c.layers - 1;
+    const BlockGpu<S> b = block_gpu<S>(m, l);
 
-        const int us = m->scheme->norm_last, end = mlp && l == m->c.layers - 1, next = l + mlp;
-        const int stop = mlp && alone, kind = mlp ? QKV : UP;
-        S* value = us || end || stop ? out : branch_input_gpu<S>(m, next, !mlp);
-        Dest<S> to =
-            end || stop ? value_only<S>(stop ? NULL : value, C, N) : input_of<S>(m, next, kind, value, us, N);
-        if (us) norm_forward_gpu<S>(m, l, mlp, to, last, NULL, NULL, x, N);
-        else if (end)
-            norm_forward_gpu<S>(m, 0, FINAL, value_only(act<S>(m, 0, A_LNF), C, N), x, out, last, NULL, N);
-        else if (!stop) norm_forward_gpu<S>(m, next, !mlp, to, x, out, last, NULL, N);
-        trace_buffer(m, l, b->out, out, 0, N * C);
-        if (!us && !end && !stop) trace_buffer(m, next, BRANCHES[!mlp].norm, value, 0, N * C);
-        if (mlp) stat_gpu(m, 5 * (l + 1), form("h.%d.x", l), 0, out, N * C, m->hidden->stream);
+    linear_forward_gpu<S>(m, l, QKV, b.qkv, post ? b.before : b.norm1, N);
+    trace_buffer(m, l, A_QKV, b.qkv, 0, N * 3 * C);
+    attention_forward_gpu<S>(input_of<S>(m, l, OUT, b.y, 1, N), gpu.lse[slot(m, l)], b.qkv, B, T, C,
+                             m->c.heads, stream);
+    trace_buffer(m, l, A_Y, b.y, 0, N * C);
+    linear_forward_gpu<S>(m, l, OUT, b.out, b.y, N);
+    trace_buffer(m, l, A_OUT, b.out, 0, N * C);
+    const Dest<S> to_up = input_of<S>(m, l, UP, post ? b.mid : b.norm2, post, N);
+    if (post) norm_forward_gpu<S>(m, l, NORM1, to_up, b.out, NULL, NULL, b.before, N);
+    else norm_forward_gpu<S>(m, l, NORM2, to_up, b.before, b.mid, b.out, NULL, N);
+    trace_buffer(m, l, A_MID, b.mid, 0, N * C);
+
+    if (!post) trace_buffer(m, l, A_NORM2, b.norm2, 0, N * C);
+    linear_forward_gpu<S>(m, l, UP, b.up, post ? b.mid : b.norm2, N);
+    trace_buffer(m, l, A_UP, b.up, 0, N * 4 * C);
+    const Activation activation = (Activation)m->c.activation;
+    launch_activation<S>(input_of<S>(m, l, DOWN, b.g, 0, N), b.up, NULL, activation, N, 4 * C);
+    trace_buffer(m, l, A_G, b.g, 0, N * 4 * C);
+    linear_forward_gpu<S>(m, l, DOWN, b.down, b.g, N);
+    trace_buffer(m, l, A_DOWN, b.down, 0, N * C);
+    if (post) {
+        const Dest<S> x = alone ? value_only((S*)NULL, C, N) : value_only(b.x, C, N);
+        norm_forward_gpu<S>(m, l, NORM2, end || alone ? x : input_of<S>(m, l + 1, QKV, b.x, 1, N), b.down,
+                            NULL, NULL, b.mid, N);
+    } else if (end) {
+        const Dest<S> lnf = value_only(act<S>(m, 0, A_LNF), C, N);
+        norm_forward_gpu<S>(m, 0, FINAL, lnf, b.mid, b.x, b.down, NULL, N);
+    } else if (!alone) {
+        const Dest<S> to_qkv = input_of<S>(m, l + 1, QKV, block_gpu<S>(m, l + 1).norm1, 0, N);
+        norm_forward_gpu<S>(m, l + 1, NORM1, to_qkv, b.mid, b.x, b.down, NULL, N);
     }
+    trace_buffer(m, l, A_X, b.x, 0, N * C);
+    if (!post && !end && !alone) trace_buffer(m, l + 1, A_NORM1, block_gpu<S>(m, l + 1).norm1, 0, N * C);
+    stat_gpu(m, 5 * (l + 1), form("h.%d.x", l), 0, b.x, N * C, m->precision->stream);
 }
 
 // Tokens on the GPU -> A_LNF, the head's input. batch: tokens, targets, order, starts (see stage).
@@ -1659,12 +1670,12 @@ template <class S> static void forward_gpu(Model* m, long B, long T) {
                                 param_gpu(m, 0, WTE), param_gpu(m, 0, WPE), m->scheme->embedding_scale, N, T,
                                 C);
     trace_buffer(m, 0, A_X0, x0, 0, N * C);
-    stat_gpu(m, 0, "x", 0, x0, N * C, m->hidden->stream);
+    stat_gpu(m, 0, "x", 0, x0, N * C, m->precision->stream);
     if (!us) enter_block<S>(m, 0, N);
     for (int l = 0; l < m->c.layers; l++) block_forward_gpu<S>(m, l, B, T, 0);
     S* lnf = act<S>(m, 0, A_LNF);
     if (us)
-        norm_forward_gpu<S>(m, 0, FINAL, value_only(lnf, C, N), stream_before_gpu<S>(m, m->c.layers, 0), NULL,
+        norm_forward_gpu<S>(m, 0, FINAL, value_only(lnf, C, N), stream_before_gpu<S>(m, m->c.layers), NULL,
                             NULL, NULL, N);
     trace_buffer(m, 0, A_LNF, lnf, 0, N * C);
 }
@@ -1688,7 +1699,7 @@ template <class S> static void logits_backward_gpu(Model* m, long row, long n) {
 // at a time.
 template <class S> static void head_gpu(Model* m, long N, int want_gradient) {
     const long C = m->c.width, V = m->c.vocab;
-    const Format f = m->head->operand;
+    const Format f = m->head_precision->operand;
     const int row_of_stats = stat_row(m, 0, HEAD);
     S *logits = act<S>(m, 0, A_LOGITS), *lnf = act<S>(m, 0, A_LNF);
     float* losses = floats_of(m, 0, A_LOSSES);
@@ -1713,57 +1724,70 @@ template <class S> static void head_gpu(Model* m, long N, int want_gradient) {
 
 // ---- Backward ---------------------------------------------------------------------------------------------
 template <class S>
-static void norm_backward_gpu(Model* m, int l, int branch, Dest<S> out, S* sum, const S* dout, const S* dskip,
-                              const S* x, float b, int last, long N) {
-    const Branch* p = &BRANCHES[branch];
-    launch_norm_backward<S>(out, sum, grad_gpu(m, l, p->gain), grad_gpu(m, l, p->bias), gpu.partial, dout,
-                            dskip, x, floats_of(m, l, p->mean), floats_of(m, l, p->rstd),
-                            param_gpu(m, l, p->gain), m->a, b, last, N, m->c.width);
+static void norm_backward_gpu(Model* m, int l, Norm k, Dest<S> out, S* sum, const S* dout, const S* dskip,
+                              const S* x, float coef, int last, long N) {
+    launch_norm_backward<S>(out, sum, grad_gpu(m, l, k.gain), grad_gpu(m, l, k.bias), gpu.partial, dout,
+                            dskip, x, floats_of(m, l, k.mean), floats_of(m, l, k.rstd),
+                            param_gpu(m, l, k.gain), m->skip_coef, coef, last, N, m->c.width);
+}
+
+// As in train_us.c, but that us's sum dx = skip_coef dx + din waits for the LayerNorm that is next: they are
+// one kernel. After block 0 it is left over.
+template <class S> static void block_backward_gpu(Model* m, int l, long B, long T) {
+    const long C = m->c.width, N = B * T;
+    const int post = m->scheme->norm_last, top = l == m->c.layers - 1;
+    const BlockGpu<S> b = block_gpu<S>(m, l);
+    S *dx = act<S>(m, 0, D_X), *dout = post ? act<S>(m, 0, D_BRANCH) : dx, *ddown = dout;
+    S *dy = act<S>(m, 0, D_NARROW), *din = dy, *dg = act<S>(m, 0, D_WIDE), *dup = dg, *dqkv = dg;
+
+    if (post) norm_backward_gpu<S>(m, l, NORM2, gradient_of<S>(ddown, 0, C, N), dx, top ? dx : din,
+                                 top ? (S*)NULL : dx, b.down, m->branch_coef, 1, N);
+    if (post && !top) trace_buffer(m, l + 1, D_X, dx, 0, N * C);
+    trace_buffer(m, l, D_BRANCH, ddown, 0, N * C);
+    linear_backward_gpu<S>(m, l, DOWN, dg, ddown, b.g, N);
+    trace_buffer(m, l, D_WIDE, dg, 0, N * 4 * C);
+    launch_activation<S>(gradient_of<S>(dup, 0, 4 * C, N), b.up, dg, (Activation)m->c.activation, N, 4 * C);
+    trace_buffer(m, l, D_WIDE, dup, 0, N * 4 * C);
+    linear_backward_gpu<S>(m, l, UP, din, dup, post ? b.mid : b.norm2, N);
+    trace_buffer(m, l, D_NARROW, din, 0, N * C);
+    if (post) norm_backward_gpu<S>(m, l, NORM1, gradient_of<S>(dout, 0, C, N), dx, din, dx, b.out,
+                                 m->branch_coef, 1, N);
+    else norm_backward_gpu<S>(m, l, NORM2, gradient_of<S>(dx, 1, C, N), NULL, din, dx, b.mid, 1.0f, 0, N);
+    trace_buffer(m, l, D_X, dx, 0, N * C);
+
+    trace_buffer(m, l, D_BRANCH, dout, 0, N * C);
+    linear_backward_gpu<S>(m, l, OUT, dy, dout, b.y, N);
+    trace_buffer(m, l, D_NARROW, dy, 0, N * C);
+    attention_backward_gpu<S>(gradient_of<S>(dqkv, 0, 3 * C, N), gpu.delta, dy, b.y, b.qkv,
+                              gpu.lse[slot(m, l)], B, T, C, m->c.heads, stream);
+    trace_buffer(m, l, D_WIDE, dqkv, 0, N * 3 * C);
+    linear_backward_gpu<S>(m, l, QKV, din, dqkv, post ? b.before : b.norm1, N);
+    trace_buffer(m, l, D_NARROW, din, 0, N * C);
+    if (post) return;
+    norm_backward_gpu<S>(m, l, NORM1, l ? gradient_of<S>(dx, 1, C, N) : value_only(dx, C, N), NULL, din, dx,
+                         b.before, 1.0f, 0, N);
+    trace_buffer(m, l, D_X, dx, 0, N * C);
 }
 
 // Adds S times the gradient of the batch that forward_gpu and head_gpu have seen to gpu.grads.
 template <class S> static void backward_gpu(Model* m, long B, long T) {
     const long C = m->c.width, N = B * T;
     const int us = m->scheme->norm_last, stats_on = m->stats_on, tracing = gpu.tracing;
-    S *dx = act<S>(m, 0, D_X), *dbranch = act<S>(m, 0, D_BRANCH), *dinput = act<S>(m, 0, D_INPUT);
-    S* dwide = act<S>(m, 0, D_WIDE);
-    norm_backward_gpu<S>(m, 0, FINAL, us ? value_only(dx, C, N) : gradient_of<S>(dx, 1, C, N), NULL, dbranch,
-                         NULL, stream_before_gpu<S>(m, m->c.layers, 0), 1.0f, 0, N);
+    S *dx = act<S>(m, 0, D_X), *dlnf = act<S>(m, 0, D_BRANCH), *din = act<S>(m, 0, D_NARROW);
+    norm_backward_gpu<S>(m, 0, FINAL, us ? value_only(dx, C, N) : gradient_of<S>(dx, 1, C, N), NULL, dlnf,
+                         NULL, stream_before_gpu<S>(m, m->c.layers), 1.0f, 0, N);
     trace_buffer(m, 0, D_X, dx, 0, N * C);
-    for (int i = 2 * m->c.layers - 1; i >= 0; i--) {
-        const int l = i / 2, mlp = i % 2, top = i == 2 * m->c.layers - 1;
-        const Branch* b = &BRANCHES[mlp];
-        if (m->c.recompute && mlp && !top) {
+    for (int l = m->c.layers - 1; l >= 0; l--) {
+        if (m->c.recompute && l < m->c.layers - 1) {
             m->stats_on = gpu.tracing = 0;
             enter_block<S>(m, l, N);
             block_forward_gpu<S>(m, l, B, T, 1);
             m->stats_on = stats_on, gpu.tracing = tracing;
         }
-        const S *wide = act<S>(m, l, b->wide), *last = act<S>(m, l, b->last);
-        if (us) norm_backward_gpu<S>(m, l, mlp, gradient_of<S>(dbranch, 0, C, N), dx, top ? dx : dinput,
-                                     top ? (S*)NULL : dx, last, m->b, 1, N);
-        if (us && !top) trace_buffer(m, (i + 1) / 2, D_X, dx, 0, N * C);
-        trace_buffer(m, l, D_BRANCH, us ? dbranch : dx, 0, N * C);
-        S* dinner = mlp ? dwide : dinput;
-        linear_backward_gpu<S>(m, l, b->second, dinner, us ? dbranch : dx, inner_gpu<S>(m, l, mlp), N);
-        trace_buffer(m, l, mlp ? D_WIDE : D_INPUT, dinner, 0, N * (mlp ? 4 : 1) * C);
-        if (mlp)
-            launch_activation<S>(gradient_of<S>(dwide, 0, 4 * C, N), wide, dinner,
-                                 (Activation)m->c.activation, N, 4 * C);
-        else
-            attention_backward_gpu<S>(gradient_of<S>(dwide, 0, 3 * C, N), gpu.delta, dinner,
-                                      act<S>(m, l, A_Y), wide, gpu.lse[slot(m, l)], B, T, C, m->c.heads,
-                                      stream);
-        trace_buffer(m, l, D_WIDE, dwide, 0, N * (mlp ? 4 : 3) * C);
-        linear_backward_gpu<S>(m, l, b->first, dinput, dwide, branch_input_gpu<S>(m, l, mlp), N);
-        trace_buffer(m, l, D_INPUT, dinput, 0, N * C);
-        if (!us)
-            norm_backward_gpu<S>(m, l, mlp, i ? gradient_of<S>(dx, 1, C, N) : value_only(dx, C, N), NULL,
-                                 dinput, dx, stream_before_gpu<S>(m, l, mlp), 1.0f, 0, N);
-        if (!us) trace_buffer(m, l, D_X, dx, 0, N * C);
+        block_backward_gpu<S>(m, l, B, T);
     }
     if (us) {
-        launch_weighted_sum<S>(value_only(dx, C, N), m->a, dx, 1.0f, dinput, N, C);
+        launch_weighted_sum<S>(value_only(dx, C, N), m->skip_coef, dx, 1.0f, din, N, C);
         trace_buffer(m, 0, D_X, dx, 0, N * C);
     }
     const int *order = gpu.batch + 2 * m->rows, *starts = order + m->rows;
@@ -1875,7 +1899,7 @@ template <class S> static StepResult step_gpu(Model* m, const Split* train, doub
 }
 
 // ---- The device -------------------------------------------------------------------------------------------
-static int is_fp32(const Model* m) { return m->hidden->stream == FP32; }
+static int is_fp32(const Model* m) { return m->precision->stream == FP32; }
 
 // Of the matmuls and of causal attention, forward and backward (6 for each weight and token).
 static double flops_per_token(const Model* m) {
@@ -1894,7 +1918,7 @@ static void gpu_open(Model* m) {
     if (m->c.batch > 65535 || m->rows > 65535L * TILE)
         die("--batch %d of --seq %d is more than a grid of blocks can hold: use --accum", m->c.batch,
             m->c.seq);
-    gpu.is_fp8 = m->hidden->operand == E4M3;
+    gpu.is_fp8 = m->precision->operand == E4M3;
     gpu.native = sm >= 89;
     gpu.type = is_fp32(m) ? CUDA_R_32F : CUDA_R_16BF;
     gpu.staged_at = -1;

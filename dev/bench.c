@@ -11,8 +11,32 @@ and ends: it should take at most 2 (1 + busy / cores) times as long as alone.
 #include "../train_us.c"
 #include <sys/wait.h>
 
+// The kinds of operations. What has passed since the last one is charged to the kind of the one that has just
+// written a buffer.
+enum { LINEAR, HEAD_MATMUL, ATTENTION, NORM, ACTIVATION, LOSS, EMBEDDING, UPDATE, LAPS };
 static const char* const LAP_NAMES[LAPS] = {"hidden linears", "head", "attention", "norm, residual",
                                             "activation",     "loss", "embedding", "optimizer"};
+static double lap_spent[LAPS], lap_last;
+static int written;  // the buffer before
+static void lap(int kind) {
+    const double t = seconds();
+    lap_spent[kind] += t - lap_last;
+    lap_last = t;
+}
+static void charge(Model* m, int l, int kind, long n) {
+    (void)m, (void)l, (void)n;
+    lap(kind == A_X0                               ? EMBEDDING
+        : kind == A_Y                              ? ATTENTION
+        : kind == A_G                              ? ACTIVATION
+        : kind == A_LOGITS                         ? (written == A_LOGITS ? LOSS : HEAD_MATMUL)
+        : kind == D_BRANCH && written == A_LOGITS  ? HEAD_MATMUL
+        : kind == D_WIDE && written == D_WIDE      ? ACTIVATION
+        : kind == D_WIDE && written == D_NARROW    ? ATTENTION
+        : kind == A_QKV || kind == A_OUT || kind == A_UP || kind == A_DOWN ? LINEAR
+        : kind == D_WIDE || kind == D_NARROW       ? LINEAR
+                                                   : NORM);
+    written = kind;
+}
 
 // A model for c with random tokens.
 static void model_open(Model* m, const Config* c) {
@@ -29,12 +53,15 @@ static void model_open(Model* m, const Config* c) {
 static double step(Model* m) {
     const Tensor* bad;
     memset(lap_spent, 0, sizeof lap_spent);
-    double t = seconds();
+    watch = charge;
+    const double t = lap_last = seconds();
     memset(m->grads, 0, sizeof(float) * (size_t)m->num_params);
     model_loss(m, 1);
     model_backward(m);
+    lap(EMBEDDING);  // backward ends with it
     gradient_norm(m, &bad);
     model_update(m, 1e-3);
+    lap(UPDATE);
     return seconds() - t;
 }
 

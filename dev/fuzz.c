@@ -145,10 +145,11 @@ static void read_settings(void) {
     again.path = copied("output");
     must = 1, config_parse(&c, 1, flags, &again), must = 0;
     for (const Option* o = OPTIONS; o < OPTIONS_END; o++) {
-        if (!*o->type || !o->type[1]) continue;
+        if (!o->stored) continue;
         const char *x = (char*)&model.c + o->offset, *y = (char*)&c + o->offset;
-        demand(*o->type == 's' ? strcmp(shown(*(char**)x), *(char**)y) == 0
-                               : memcmp(x, y, *o->type == 'u' ? 8 : 4) == 0, "another setting is read again");
+        demand(o->type == TEXT ? strcmp(shown(*(char**)x), *(char**)y) == 0
+                               : memcmp(x, y, o->type == UINT64 ? 8 : 4) == 0,
+               "another setting is read again");
     }
 }
 

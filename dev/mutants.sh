@@ -69,7 +69,7 @@ formats: BF16 ties go away from zero | s/(u + 0x7FFFu + ((u >> 16) \& 1u))/(u + 
 formats: FP8 is not rounded from BF16 | s/round_fp8(round_bf16(x), format)/round_fp8(x, format)/
 formats: gradients in E4M3 | s/{"fp8", BF16, E4M3, E5M2}/{"fp8", BF16, E4M3, E4M3}/
 formats: weights and inputs in E5M2 | s/{"fp8", BF16, E4M3, E5M2}/{"fp8", BF16, E5M2, E5M2}/
-formats: logits are not rounded | s/m->head = m->hidden->stream == FP32 ? \&PRECISIONS\[0\] : \&PRECISIONS\[1\]/m->head = \&PRECISIONS[0]/
+formats: logits are not rounded | s/m->head_precision = m->precision->stream == FP32 ? \&PRECISIONS\[0\] : \&PRECISIONS\[1\]/m->head_precision = \&PRECISIONS[0]/
 matmul: alpha is dropped | s/out\[j\] = alpha \* sums/out[j] = sums/
 matmul: accumulate is ignored | s/accumulate || k0 > 0/k0 > 0/
 linear: dW without its factor | s/O, I, N, alpha, 1, FP32/O, I, N, 1.0f, 1, FP32/
@@ -83,10 +83,11 @@ attention: dK and dV keep only the first rows | s/int add = keys < T;/int add = 
 gelu: another constant | s/0.044715f \* x \* x \* x/0.0447f * x * x * x/
 loss: the largest logit is not subtracted | s/max = z\[v\] > max ? z\[v\] : max;/max = 0;/
 embedding: sum of two rows is not scaled | s/0.70710678f/1.0f/
-scheme: tau and 1-tau swapped | s/m->a = m->scheme->use_tau ? sqrtf(1.0f - c->tau)/m->a = m->scheme->use_tau ? sqrtf(c->tau)/
-scheme: head scaled by the root of C | s/0.70710678f, -0.5f, -1.0f/0.70710678f, -0.5f, -0.5f/
-scheme: out and down of sp start as wide as the others | s/1.0f, 0.0f, 0.0f, 0.02f, -0.5f/1.0f, 0.0f, 0.0f, 0.02f, 0.0f/
-backward: the stream's gradient without sqrt(1-tau) | s/weighted_sum(dx, m->a, dx, 1.0f, dinput/weighted_sum(dx, 1.0f, dx, 1.0f, dinput/
+scheme: tau and 1-tau swapped | s/m->skip_coef = m->scheme->use_tau ? sqrtf(1.0f - c->tau)/m->skip_coef = m->scheme->use_tau ? sqrtf(c->tau)/
+scheme: head scaled by the root of C | s/head_power = -1.0f/head_power = -0.5f/
+scheme: out and down of sp start as wide as the others | s/residual_power = -0.5f/residual_power = 0.0f/
+block: the mlp reads what attention read | s/b.up, post ? b.mid/b.up, post ? before/
+backward: the stream's gradient without sqrt(1-tau) | s/weighted_sum(dx, m->skip_coef, dx, 1.0f, din/weighted_sum(dx, 1.0f, dx, 1.0f, din/
 backward: S without the accumulated batches | s/(double)m->rows \* c->accum \* pow/(double)m->rows * pow/
 accumulation: each batch starts the gradient anew | s/        r.loss += model_loss/        memset(m->grads, 0, sizeof(float) * (size_t)m->num_params), r.loss += model_loss/
 accumulation: losses are added, not averaged | s/model_loss(m, 1) \/ m->c.accum/model_loss(m, 1)/
@@ -98,9 +99,9 @@ optimizer: b1 and b2 of Lion swapped | s/b1 = 0.9f, b2 = 0.99f/b1 = 0.99f, b2 = 
 optimizer: b1 and b2 of AdamW swapped | s/b1 = 0.9f, b2 = 0.95f/b1 = 0.95f, b2 = 0.9f/
 optimizer: AdamW's epsilon without S | s/(float)(1e-8 \* m->grad_scale)/1e-8f/
 optimizer: AdamW's bias correction one step late | s/(double)m->step + 1)/(double)m->step + 2)/g
-optimizer: width rule with C, not its root | s/1.0f, 0.0f, -0.5f}/1.0f, 0.0f, -1.0f}/
+optimizer: width rule with C, not its root | s/lr_power = -0.5f/lr_power = -1.0f/
 optimizer: decay follows the learning rate | s/(float)(lr \/ m->c.lr)/(float)lr/
-optimizer: gains decay | s/{"ln1.gain", DIM_1,  DIM_C,  0, 0/{"ln1.gain", DIM_1,  DIM_C,  0, 1/
+optimizer: gains decay | s/\(.name = "ln1.gain".*\).decays = 0/\1.decays = 1/
 schedule: falls to zero | s/0.1 + 0.45 \*/0.0 + 0.5 */
 data: a target is its own input | s/targets\[i - 1\] = token/if (i < T) targets[i] = token/
 data: validation text is trained on | s/train->count = val->start = tokens.count - val->count/val->start = tokens.count - val->count, train->count = tokens.count/
@@ -111,15 +112,15 @@ files: overlapping tensors are accepted | s/if (a->entries\[i\].begin != at) jso
 text: top-k is ignored | s/c->top_k ? (int)min_l(c->top_k, V) : V/V/
 validation: the last batch counts as a whole one | s/sum += device->loss(m) \* (double)n;/sum += device->loss(m) * (double)B;/
 validation: windows are counted from the end | s/(double)(val->count - T - 1) \* place/(double)(val->count - T - 1) * (1 - place)/
-saves: nothing is saved after an error | s/^    if (save) save();//
-saves: a second signal at once is fatal | s/ \&\& seconds() - stopped_at > 1;/;/
+saves: nothing is saved after an error | s/^    if (last_words) last_words();//
+saves: a second signal at once is fatal | s/ \&\& seconds() - stopped_at > 1)/)/
 saves: a dropped terminal is fatal | s/{SIGINT, SIGTERM, SIGHUP, SIGPIPE}/{SIGINT, SIGTERM, SIGPIPE, SIGPIPE}/
 saves: what --save-every names is deleted | s/!every(c->save_every, s) \&\& ++kept/++kept/
 resume: other data is accepted | s/if (archive_get(a, keys\[i\]) \&\& /if (0 \&\& /
 resume: a damaged checkpoint ends all | s/if (die_to \&\& setjmp(next)) { archive_free(a); continue; }/die_to = NULL;/
 print: control characters of two bytes pass | s/length == 2 \&\& code >= 0xA0/length == 2 \&\& code >= 0x80/
 files: half a surrogate pair is a character | s/if (low >> 10 == 0xDC00 >> 10) code/if (0) code/
-recompute: a block is not computed again | s/if (m->c.recompute \&\& mlp \&\& l < m->c.layers - 1)/if (0)/
+recompute: a block is not computed again | s/if (m->c.recompute \&\& l < m->c.layers - 1)/if (0)/
 gpu: barrier missing before a tile is written | /^activation_kernel/,/^}/s/^    __syncthreads();//
 gpu: barrier missing before a tile is filled again | /^norm_forward_kernel/,/^}/{/^        __syncthreads();$/{N;s/__syncthreads();\n    }/\n    }/}}
 gpu: barriers missing in attention | /attention_forward_mma/,/^}/s/__syncthreads();//

@@ -1,14 +1,19 @@
 """
-Draws the two pictures of a run, from the tables the trainer writes into its folder.
+Draws pictures of runs, from the tables and from the first step that the trainer writes.
 
     python dev/plot.py loss loss.png runs/fp8 runs/bf16 --labels "FP8" "BF16" --val --diff
     python dev/plot.py loss seeds.png runs/fp8_s1 runs/fp8_s2 runs/bf16_s1 runs/bf16_s2 --group
     python dev/plot.py stats stats.png runs/fp8
+    python dev/plot.py block block.svg first_step.safetensors
 
 loss   RUN/log.csv: training loss over steps, raw and smoothed, with the validation loss as markers. --group
        takes runs that differ only after the last _ of their names as one: mean and range over the seeds.
 stats  RUN/stats.csv: the root mean square of every tensor that goes into a matrix product, over steps,
        against what its format can represent, and the share of its values that the cast turned into zero.
+
+The others show one step at initialisation, from a file that the trainer wrote with --dump, beside what
+theory predicts; dev/method.md explains them. formats, attention, block and gradients draw a picture; init,
+update and decay only print.
 
 Needs matplotlib (pip install matplotlib).
 """
@@ -16,6 +21,7 @@ Needs matplotlib (pip install matplotlib).
 import argparse
 import csv
 import io
+import json
 import os
 import sys
 
@@ -25,6 +31,7 @@ try:
     import matplotlib.pyplot as plt
     import numpy as np
     from matplotlib.lines import Line2D
+    from matplotlib.patches import FancyBboxPatch
     from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
     from PIL import Image
 except ImportError:
@@ -39,7 +46,7 @@ plt.rcParams.update({
     "axes.axisbelow": True, "grid.color": FAINT, "grid.linewidth": 0.7,
     "xtick.color": GREY, "ytick.color": GREY, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
     "xtick.major.width": 0.7, "ytick.major.width": 0.7, "lines.solid_capstyle": "round",
-    "legend.frameon": False})
+    "legend.frameon": False, "svg.hashsalt": "us.c"})
 
 
 def die(message):
@@ -85,11 +92,17 @@ def read_csv(path, needed):
 
 def save(fig, out):
     drawn = io.BytesIO()
-    fig.savefig(drawn, format="png")
-    # 256 colours are enough for these pictures, and a third of the size, which counts in a repository.
-    small = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    vector = out.endswith(".svg")
+    fig.savefig(drawn, format="svg" if vector else "png", metadata={"Date": None} if vector else None)
     try:
-        small.save(out + ".tmp", format="png", optimize=True)
+        if vector:
+            with open(out + ".tmp", "wb") as f:
+                f.write(drawn.getvalue())
+        else:
+            # 256 colours are enough for these pictures, and a third of the size, which counts in a
+            # repository.
+            small = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+            small.save(out + ".tmp", format="png", optimize=True)
         os.replace(out + ".tmp", out)
     finally:
         if os.path.exists(out + ".tmp"):
@@ -395,10 +408,453 @@ def dots(rows):
 
 
 # ----------------------------------------------------------------------------------------------------------
+# One step: the dump of a first step (--dump), against what theory says. dev/method.md has the theory.
+
+BF16 = (2.0 ** -126, 2.0 ** -126, 3.39e38)  # as RANGES below; its subnormals play no part here
+MANTISSA = {"BF16": 7, "E4M3": 3, "E5M2": 2}
+HIDDEN = ["qkv", "out", "up", "down"]
+STEP_HELP = "a file that train_us wrote with --dump"
+
+
+def cast(x, kind):
+    """x in a narrower format, as a float: clipped, then the nearest value, ties to even."""
+    if kind == "FP32":
+        return x
+    _, normal, most = BF16 if kind == "BF16" else RANGES[kind]
+    exponent = np.frexp(np.maximum(np.abs(x), normal))[1] - 1  # 2^exponent <= |x|
+    step = np.ldexp(np.float32(1), exponent - MANTISSA[kind])
+    return np.clip(np.round(x / step) * step, -most, most).astype(np.float32)
+
+
+def rms(x):
+    return float(np.sqrt(np.mean(np.square(x, dtype=np.float64))))
+
+
+def cosine(x, y):
+    return float(np.vdot(x, y) / np.linalg.norm(x) / np.linalg.norm(y))
+
+
+def softmax(z):
+    e = np.exp(z - z.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def read_tensors(path):
+    """Settings and tensors of a safetensors file of this program's trainer."""
+    if not os.path.isfile(path):
+        die(f"there is no {path}")
+    data = open(path, "rb").read()
+    try:
+        size = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8:8 + size])
+        meta, tensors = header.pop("__metadata__"), {}
+        for name, entry in header.items():
+            begin, end = (8 + size + at for at in entry["data_offsets"])
+            kind = {"F32": "<f4", "I32": "<i4"}[entry["dtype"]]
+            tensors[name] = np.frombuffer(data[begin:end], kind).reshape(entry["shape"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        die(f"{path} is not a safetensors file of this program's trainer")
+    return meta, tensors
+
+
+def read_dump(path):
+    meta, tensors = read_tensors(path)
+    if "act.x0" not in tensors or meta["scheme"] != "us" or meta["activation"] != "gelu":
+        die(f"{path} is not what --dump writes for --scheme us with gelu")
+    d = {name: t.reshape(-1, t.shape[-1]) if name.startswith(("act.", "logits")) else t
+         for name, t in tensors.items()}  # all positions of all sequences are rows
+    formats = {"fp32": ("FP32", "FP32", "FP32"), "bf16": ("BF16", "BF16", "BF16"),
+               "fp8": ("BF16", "E4M3", "E5M2")}
+    d["stream"], d["operand"], d["gradient"] = formats[meta["precision"]]
+    d["B"], d["T"] = tensors["tokens"].shape
+    d["N"], d["L"], d["C"], d["H"] = d["B"] * d["T"], *(int(meta[k]) for k in ("layers", "width", "heads"))
+    d["V"], d["tau"], d["S"] = int(meta["vocab"]), float(meta["tau"]), float(meta["grad_scale"])
+    d["name"] = f"L {d['L']}, C {d['C']}, heads {d['H']}, {d['B']} x {d['T']} tokens, {meta['precision']}"
+    return d
+
+
+def before(d, l, kind):
+    """What the linear `kind` of block l reads."""
+    here = {"qkv": f"h.{l - 1}.x" if l else "x0", "out": f"h.{l}.y", "up": f"h.{l}.mid", "down": f"h.{l}.g"}
+    return d["act." + here[kind]]
+
+
+def by_head(d, x):
+    """(N, D H) as (B, H, T, D)."""
+    return x.reshape(d["B"], d["T"], d["H"], -1).transpose(0, 2, 1, 3)
+
+
+def attention_of(d, l):
+    """Q, K, V and the probabilities of block l."""
+    q, k, v = (by_head(d, x) for x in np.split(d[f"act.h.{l}.qkv"], 3, axis=1))
+    scores = q @ k.transpose(0, 1, 3, 2) / np.sqrt(np.float32(q.shape[-1]))
+    scores[..., np.triu(np.ones((d["T"], d["T"]), bool), 1)] = -np.inf
+    return q, k, v, softmax(scores)
+
+
+def norm_backward(dout, x, gain):
+    centered = x - x.mean(1, keepdims=True)
+    rstd = 1 / np.sqrt(np.mean(centered ** 2, 1, keepdims=True) + 1e-5)
+    xh, d = centered * rstd, dout * gain
+    return rstd * (d - d.mean(1, keepdims=True) - xh * (d * xh).mean(1, keepdims=True))
+
+
+def gelu_slope(x):
+    u = np.sqrt(2 / np.pi) * (x + 0.044715 * x ** 3)
+    return 0.5 * (1 + np.tanh(u)) + 0.5 * x / np.cosh(u) ** 2 * np.sqrt(2 / np.pi) * (1 + 0.134145 * x ** 2)
+
+
+def backward(d, scale=1.0):
+    """The gradients between operations, which a dump leaves out: backward once more, from its activations and
+    with the trainer's roundings, on scale * S times the true gradient. dy.X and dx.X are of linear X's output
+    and input, d.X is of the stream, dw.X of a weight."""
+    R, g, a, b = lambda x: cast(x, d["stream"]), {}, np.sqrt(1 - d["tau"]), np.sqrt(d["tau"])
+
+    def linear(l, kind, dy):
+        name, x = f"h.{l}.{kind}", cast(before(d, l, kind), d["operand"])
+        w, dy8 = cast(R(d["param." + name]), d["operand"]), cast(dy, d["gradient"])
+        alpha = np.float32(w.shape[1] ** -0.5)
+        g["dy." + name], g["dx." + name], g["dw." + name] = dy, R(alpha * (dy8 @ w)), alpha * (dy8.T @ x)
+        return g["dx." + name]
+
+    dlogits = softmax(d["logits"])
+    dlogits[np.arange(d["N"]), d["targets"].ravel()] -= 1
+    g["dlogits"] = R(np.float32(scale) * dlogits)
+    dx = R(g["dlogits"] @ R(d["param.head"][:d["V"]]))
+    g["dx.head"], g["dw.head"] = dx, g["dlogits"].T @ d["act.lnf"]
+    dx = R(norm_backward(dx, d[f"act.h.{d['L'] - 1}.x"], d["param.lnf.gain"]))
+    for l in reversed(range(d["L"])):
+        g[f"d.h.{l}.x"] = dx
+        dy = R(norm_backward(b * dx, d[f"act.h.{l}.down"], d[f"param.h.{l}.ln2.gain"]))
+        dg = linear(l, "down", dy)
+        dx = R(a * dx + linear(l, "up", R(dg * gelu_slope(d[f"act.h.{l}.up"]))))
+        g[f"d.h.{l}.mid"] = dx
+        dy = R(norm_backward(b * dx, d[f"act.h.{l}.out"], d[f"param.h.{l}.ln1.gain"]))
+        dy = by_head(d, linear(l, "out", dy))
+        q, k, v, p = attention_of(d, l)
+        dp = dy @ v.transpose(0, 1, 3, 2)
+        ds = p * (dp - (p * dp).sum(-1, keepdims=True)) / np.sqrt(np.float32(q.shape[-1]))
+        parts = ds @ k, ds.transpose(0, 1, 3, 2) @ q, p.transpose(0, 1, 3, 2) @ dy
+        dqkv = np.concatenate([z.transpose(0, 2, 1, 3).reshape(d["N"], -1) for z in parts], axis=1)
+        dx = R(a * dx + linear(l, "qkv", R(dqkv)))
+    g["d.x0"] = dx
+    if scale == 1:  # the weight gradients are in the dump: that is the check of all this
+        off = {n[3:]: rms(w - d["grad." + n[3:]][:len(w)]) / rms(w) for n, w in g.items() if n[:3] == "dw."}
+        worst = max(off, key=off.get)
+        print(f"{d['name']}: gradients between operations computed again from the dump; "
+              f"weight gradients are {100 * off[worst]:.2g} % off the dump's at most ({worst})")
+        if off[worst] > 0.5:  # FP32 agrees to 1e-6; in FP8, values at a boundary fall to either side
+            die("that is too much: this script and the trainer do not compute the same")
+    return g
+
+
+def flushed(x, kind):
+    """Share of the non-zero values that a cast turns into zero."""
+    return np.count_nonzero((cast(x, kind) == 0) & (x != 0)) / max(np.count_nonzero(x), 1)
+
+
+def attention_variance(k):
+    """Variance of attention over k independent values of variance 1 with unit-normal scores: [µS] eq. 6."""
+    return np.e / k - (np.e - 1) / k ** 2
+
+
+# Of GELU and of its slope where the input is a unit normal: dev/method.md, 5.
+GELU_RMS = np.sqrt(1 / 3 + 1 / (2 * np.pi * np.sqrt(3)))
+SLOPE_RMS = np.sqrt(1 / 3 + 2 / (3 * np.pi * np.sqrt(3)))
+
+
+def alike(d, x):
+    """Correlation of two positions of a sequence: the mean product of their rows over the mean square."""
+    x = x.reshape(d["B"], d["T"], -1).astype(np.float64)
+    return (np.mean(x.sum(1) ** 2) / np.mean(x ** 2) / d["T"] - 1) / (d["T"] - 1)
+
+
+def table(*rows):
+    """Prints rows of a Markdown table; numbers with three digits."""
+    for i, row in enumerate(rows):
+        print("| " + " | ".join(c if isinstance(c, str) else f"{c:.3g}" for c in row) + " |")
+        if i == 0:
+            print("|" + "---|" * len(row))
+
+
+def print_init(args):
+    for path in args.dumps:
+        d = read_dump(path)
+        g = backward(d)
+        print(f"\nlinears: RMS over {d['L']} blocks; gain: that of the output over that of the input")
+        rows = [["linear", "fan_in", "fan_out", "RMS of X", "RMS of Y", "gain", "predicted",
+                 "RMS of dY", "RMS of dX", "gain of dX", "predicted √(fan_out/fan_in)"]]
+        for kind in HIDDEN:
+            names = [f"h.{l}.{kind}" for l in range(d["L"])]
+            o, i = d["param." + names[0]].shape
+            x = rms([rms(before(d, l, kind)) for l in range(d["L"])])
+            y, dy, dx = (rms([rms(of[at + n]) for n in names])
+                         for of, at in ((d, "act."), (g, "dy."), (g, "dx.")))
+            rows.append([kind, str(i), str(o), x, y, y / x, 1.0, dy, dx, dx / dy, np.sqrt(o / i)])
+        table(*rows)
+        print("\nthe stream")
+        after = np.unique(np.linspace(0, d["L"], min(d["L"] + 1, 9)).round().astype(int))
+        blocks = [f"h.{n - 1}.x" if n else "x0" for n in after]
+        table(["after", *(f"block {n - 1}" if n else "x0" for n in after)],
+              ["RMS, predicted 1", *(rms(d["act." + n]) for n in blocks)],
+              ["of a plain sum: √(1 + 2 blocks)", *(np.sqrt(1 + 2 * n) for n in after)],
+              ["share of x0 in its variance", *(cosine(d["act." + n], d["act.x0"]) ** 2 for n in blocks)],
+              ["predicted (1 - tau)^(2 blocks)", *((1 - d["tau"]) ** (2 * n) for n in after)],
+              ["RMS of its gradient", *(rms(g["d." + n]) for n in blocks)])
+        gelu = rms([rms(d[f"act.h.{l}.g"]) for l in range(d["L"])])
+        print(f"\nGELU's output: RMS {gelu:.3f}, of a unit normal {GELU_RMS:.3f} (slope: {SLOPE_RMS:.3f})")
+        print(f"logits: RMS {rms(d['logits']):.4f}, 1/√C is {d['C'] ** -0.5:.4f}; "
+              f"loss {d['loss'][0]:.4f}, ln V + 1/2C is {np.log(d['V']) + 0.5 / d['C']:.4f}")
+        print(f"dlogits: RMS {rms(g['dlogits']):.4f}, 1/√V is {d['V'] ** -0.5:.4f}; "
+              f"gradient that enters the last LayerNorm: RMS {rms(g['dx.head']):.3f}, predicted 1\n")
+
+
+def print_update(args):
+    """What a first update of size 1 does to each linear's output: signs, as Lion's and AdamW's first is."""
+    found, dumps = {}, sorted((read_dump(path) for path in args.dumps), key=lambda d: d["C"])
+    for d in dumps:
+        for kind in HIDDEN:
+            change = []
+            for l in range(d["L"]):
+                sign = np.sign(d[f"grad.h.{l}.{kind}"])
+                change.append(rms(before(d, l, kind) @ sign.T) / np.sqrt(sign.shape[1]))
+            found.setdefault(kind, []).append(rms(change))
+        sign = np.sign(d["grad.head"][:d["V"]])
+        found.setdefault("head", []).append(rms(d["act.lnf"] @ sign.T) / d["C"])
+        found.setdefault("head, over RMS of logits", []).append(found["head"][-1] / rms(d["logits"]))
+    width = [d["C"] for d in dumps]
+    rows = [["RMS of the change over lr", *(f"C = {c}" for c in width), "grows as C to the"]]
+    for kind, change in found.items():
+        power = np.polyfit(np.log(width), np.log(change), 1)[0] if len(set(width)) > 1 else float("nan")
+        rows.append([kind, *change, f"{power:.2f}"])
+    table(*rows)
+
+
+def print_decay(args):
+    """Rows of wte for bytes that never occur get no gradient: decay is all that moves them."""
+    d = read_dump(args.dump)
+    if d["V"] != 256:
+        die(f"{args.dump}: bytes that never occur are looked for; this model reads tokens")
+    rows = [["run", "width", "peak rate", "rows of wte without a gradient", "they shrink to", "predicted"]]
+    for path in args.checkpoints:
+        meta, after = read_tensors(path)
+        c = {k: float(meta[k]) for k in ("steps", "step", "warmup", "decay", "lr", "width", "seed")}
+        if "wte" not in after or c["width"] != d["C"]:
+            die(f"{path} is not a checkpoint of a model as wide as that of {args.dump}")
+        s = np.arange(1, c["step"] + 1)
+        cosine = 0.1 + 0.45 * (1 + np.cos(np.pi * (s - c["warmup"]) / max(c["steps"] - c["warmup"], 1)))
+        share = np.where(s <= c["warmup"], s / max(c["warmup"], 1), cosine)
+        ratio = after["wte"] / d["param.wte"]
+        alone = np.ptp(ratio, axis=1) < 1e-4  # one factor for the whole row
+        rows.append([path, str(int(c["width"])), c["lr"], str(alone.sum()),
+                     f"{np.median(ratio[alone]):.4f}" if alone.any() else "-",
+                     f"{np.prod(1 - c['decay'] * share):.4f}"])
+    table(*rows)
+
+
+FORWARD, BACKWARD = COLORS[0], COLORS[1]
+
+
+def plot_block(args):
+    """One block, top to bottom; its two branches side by side. Theory knows nothing of the run but tau, T and
+    the gradient that comes in from above; RMS values it predicts stand before the measured ones."""
+    d = read_dump(args.dump)
+    l = args.block
+    if not 0 <= l < d["L"]:
+        die(f"--block {l}: the blocks of {args.dump} are 0 to {d['L'] - 1}")
+    g, a, b = backward(d), np.sqrt(1 - d["tau"]), np.sqrt(d["tau"])
+    h, act, var = f"h.{l}.", lambda n: rms(d[f"act.h.{l}.{n}"]), attention_variance(np.arange(1, d["T"] + 1))
+    top = rms(g[f"d.{h}x"])  # given; below, each prediction follows from the one before
+    ratio = SLOPE_RMS / GELU_RMS
+    mid = top * np.sqrt(a ** 2 + b ** 2 * ratio ** 2)
+    branch = {kind: (d[f"act.{h}{after}"] - a * d[entry]) / b for kind, after, entry in
+              (("ln1", "mid", f"act.h.{l - 1}.x" if l else "act.x0"), ("ln2", "x", f"act.{h}mid"))}
+    # Each arrow: predicted and measured RMS, of the tensor and of its gradient; then the box below.
+    alpha = lambda kind: f"1/√{d[f'param.{h}{kind}'].shape[1]} · x W$^T$"
+    lin = f"x, W in {d['operand']}, dy in {d['gradient']}"
+    stream = f"√{1 - d['tau']:.3g} stream + √{d['tau']:.3g} branch"
+    Y, dY = np.sqrt(var.mean()), b * mid * np.sqrt((1 / var).mean())
+    attention = [
+        (1, rms(before(d, l, "qkv")), np.sqrt(3) * b * mid, rms(g[f"dx.{h}qkv"]), "qkv: " + alpha("qkv"),
+         lin),
+        (1, act("qkv"), b * mid, rms(g[f"dy.{h}qkv"]), "softmax(Q K$^T$/√D) V", "causal"),
+        (Y, act("y"), dY, rms(g[f"dx.{h}out"]), "out: " + alpha("out"), lin),
+        (Y, act("out"), dY, rms(g[f"dy.{h}out"]), "LayerNorm 1", ""),
+        (1, rms(branch["ln1"]), b * mid, b * rms(g[f"d.{h}mid"]), stream, ""),
+        (1, act("mid"), mid, rms(g[f"d.{h}mid"]), "", "")]
+    mlp = [
+        (1, act("mid"), top * b * ratio, rms(g[f"dx.{h}up"]), "up: " + alpha("up"), lin),
+        (1, act("up"), top * b * ratio / 2, rms(g[f"dy.{h}up"]), "GELU", ""),
+        (GELU_RMS, act("g"), top * b / GELU_RMS / 2, rms(g[f"dx.{h}down"]), "down: " + alpha("down"), lin),
+        (GELU_RMS, act("down"), top * b / GELU_RMS, rms(g[f"dy.{h}down"]), "LayerNorm 2", ""),
+        (1, rms(branch["ln2"]), top * b, b * top, stream, ""),
+        (1, act("x"), top, top, "", "")]
+
+    fig, axes = plt.subplots(1, 2, figsize=(10, 7.4))
+    fig.subplots_adjust(left=0.01, right=0.99, top=0.87, bottom=0.045, wspace=0.02)
+    fig.text(0.02, 0.975, f"Block {l} at initialisation", fontsize=12, fontweight="bold", va="top")
+    fig.text(0.02, 0.935, f"{d['name']}, tau {d['tau']:.3g}.  RMS, predicted | measured.  "
+             f"Gradients are S = N C = {d['S']:.0f} times the true ones.", va="top")
+    entry = "d." + (f"h.{l - 1}.x" if l else "x0")
+    skipped = [(rms(g[entry]), mid * np.sqrt(a ** 2 + 3 * b ** 2), "attention"),
+               (rms(g[f"d.{h}mid"]), mid, "mlp")]
+    for ax, steps, (total, wanted, name) in zip(axes, (attention, mlp), skipped):
+        ax.set(xlim=(0, 10), ylim=(-0.2, 11.6))
+        ax.axis("off")
+        number = lambda x: f"{x:.3f}" if x < 0.0995 else f"{x:.2f}"
+        pair = lambda p, m: f"{number(p)} | {number(m)}"
+        ax.text(5.5, 11.5, f"{name} branch", ha="center", fontweight="bold", va="center")
+        ax.text(5.2, 11.0, "↓ tensor", color=FORWARD, ha="right", va="center")
+        ax.text(5.8, 11.0, "↑ gradient", color=BACKWARD, ha="left", va="center")
+        ax.plot([1.1, 1.1, 2.95], [10.55, 1.35, 1.35], color=GREY, lw=1)
+        ax.plot([1.1, 5.5], [10.55, 10.55], color=GREY, lw=1)
+        ax.annotate("", (3, 1.35), (2.6, 1.35), arrowprops={"arrowstyle": "-|>", "color": GREY, "lw": 1})
+        ax.text(0.95, 6, f"stream; its gradient {pair(wanted, total)}", rotation=90, ha="right", va="center",
+                color=BACKWARD)
+        for i, (p, m, gp, gm, title, note) in enumerate(steps):
+            y = 10.55 - 2.05 * i  # where the arrow begins
+            ax.annotate("", (5.5, y - 0.85 if title else y - 0.6), (5.5, y),
+                        arrowprops={"arrowstyle": "-|>", "color": GREY, "lw": 1, "shrinkA": 0, "shrinkB": 0})
+            given = i == len(steps) - 1 and name == "mlp"
+            ax.text(5.2, y - 0.38, pair(p, m), color=FORWARD, ha="right", va="center")
+            ax.text(5.8, y - 0.38, f"given {number(gm)}" if given else pair(gp, gm), color=BACKWARD,
+                    ha="left", va="center")
+            if title:
+                ax.add_patch(FancyBboxPatch((3, y - 2.05), 5, 1.2, "round,pad=0,rounding_size=0.15",
+                                            fc="#F1F6FC", ec=GREY, lw=0.7))
+                ax.text(5.5, y - (1.22 if note else 1.45), title, ha="center", va="center")
+                ax.text(5.5, y - 1.75, note, ha="center", va="center", fontsize=8, color=GREY)
+    save(fig, args.out)
+
+
+def plot_attention(args):
+    d = read_dump(args.dump)
+    k = np.arange(1, d["T"] + 1)
+    depth = [matplotlib.colors.to_hex(c) for c in plt.get_cmap("viridis")(np.linspace(0, 0.88, d["L"]))]
+    fig, axes = plt.subplots(1, 2, figsize=(10, 4.6))
+    fig.subplots_adjust(left=0.07, right=0.985, top=0.86, bottom=0.11, wspace=0.17)
+    rows = [["block", "c of V", "variance, last quarter of k", "c + (1 - c) eq. 6", "eq. 6",
+             "square root of softmax", "1 + 0.78 c (k - 1)", "c of attention's output", "c of GELU's",
+             "c of the stream after the block"]]
+    late = k > 0.75 * d["T"]
+    for l in range(d["L"]):
+        _, _, v, p = attention_of(d, l)
+        c, size = alike(d, d[f"act.h.{l}.qkv"][:, 2 * d["C"]:]), np.mean(v ** 2)
+        plain, root = (np.mean((w @ v) ** 2, axis=(0, 1, 3)) / size for w in (p, np.sqrt(p)))
+        if l == 0:
+            alone = np.mean(np.square(p).sum(-1), axis=(0, 1))
+            axes[0].plot(k, alone, color=GREY, lw=1, label="block 0, were its values independent")
+        theory = c + (1 - c) * attention_variance(k), 1 + c * np.exp(-0.25) * (k - 1)
+        for ax, y, line, label in zip(axes, (plain, root), theory, (f"block {l}: c = {c:.2f}", None)):
+            ax.plot(k, y, color=depth[l], lw=0.5, alpha=0.4)
+            ax.plot(k, smoothed(y, 9), color=depth[l], lw=1.5, label=label)
+            ax.plot(k, line, color=depth[l], lw=1, ls=(0, (1, 1.5)))
+        rows.append([str(l), c, *(y[late].mean() for y in (plain, theory[0], attention_variance(k), root,
+                                                           theory[1])),
+                     *(alike(d, d[f"act.h.{l}.{n}"]) for n in ("y", "g", "x"))])
+    axes[0].plot(k, attention_variance(k), color=INK, lw=1.2, ls=(0, (5, 2)), label="e/k − (e−1)/k²")
+    axes[1].plot(k, np.ones(d["T"]), color=INK, lw=1.2, ls=(0, (5, 2)), label="independent values: 1")
+    for ax, title in zip(axes, ("softmax", "square root of softmax (not in this program)")):
+        ax.set(xscale="log", yscale="log", xlim=(1, d["T"]), xlabel="position k")
+        ax.set_title(title, loc="left", fontsize=11, fontweight="bold")
+        ax.legend(fontsize=8.5, loc="lower left" if ax is axes[0] else "upper left")
+    axes[0].set_ylabel("variance of attention's output over that of the values")
+    fig.text(0.07, 0.965, f"{d['name']}, at initialisation.  Dotted: with the values' correlation c",
+             fontsize=8.5, color=GREY, va="top")
+    table(*rows)
+    print("\nblock 0, were its values independent (the sum of squared probabilities)")
+    some = [k == 1, (k > 1) & (k < 5), (k > 12) & (k < 21), (k > 48) & (k < 81), late]
+    mean = np.array([[y[s].mean() for s in some if s.any()] for y in (alone, attention_variance(k))])
+    table(["k", *(f"{k[s][0]} to {k[s][-1]}" for s in some if s.any())], ["measured", *mean[0]],
+          ["eq. 6", *mean[1]], ["ratio", *(mean[0] / mean[1])])
+    save(fig, args.out)
+
+
+def plot_formats(args):
+    """What a cast does to a unit normal (a weight of the dump) times 2^j."""
+    d = read_dump(args.dump)
+    w, scale = d["param.h.0.up"].ravel(), 2.0 ** np.arange(-20, 20.01, 0.25)
+    fig, (ax, below) = plt.subplots(2, 1, figsize=(10, 5.4), sharex=True,
+                                    gridspec_kw={"height_ratios": [3, 2]})
+    fig.subplots_adjust(left=0.075, right=0.985, top=0.93, bottom=0.095, hspace=0.09)
+    rows = [["format", "error of a cast at RMS 1", "at most 1.1 times that from RMS", "to RMS",
+             "flushed at RMS 1"]]
+    for color, kind in zip(COLORS, RANGES):
+        x = [np.float32(s) * w for s in scale]
+        error = np.array([100 * rms(cast(y, kind) - y) / rms(y) for y in x])
+        lost = np.array([100 * flushed(y, kind) for y in x])
+        ax.plot(scale, error, color=color, lw=1.6, label=f"{kind}: {MANTISSA[kind]} bits of mantissa")
+        below.plot(scale, lost, color=color, lw=1.6)
+        good, one = scale[error < 1.1 * error[scale == 1]], scale == 1
+        rows.append([kind, f"{error[one][0]:.2f} %", *(f"2^{np.log2(s):g}" for s in (good[0], good[-1])),
+                     f"{lost[one][0]:.3f} %"])
+    ax.set(xscale="log", yscale="log", ylim=(1, 130), ylabel="error of a cast, RMS, %")
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter(FuncFormatter(power_of_two))
+    ax.xaxis.set_major_locator(FixedLocator(2.0 ** np.arange(-20, 21, 4)))
+    ax.yaxis.set_major_locator(FixedLocator([1, 2, 5, 10, 20, 50, 100]))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    ax.yaxis.set_minor_locator(NullLocator())
+    below.set(xlim=(scale[0], scale[-1]), ylim=(0, 102), ylabel="flushed to zero, %",
+              xlabel="RMS of the tensor before the cast (a normal distribution)")
+    for axis in (ax, below):
+        axis.axvline(1, color=INK, lw=1, ls=(0, (5, 2)))
+    ax.legend(loc="lower left")
+    table(*rows)
+    save(fig, args.out)
+
+
+def plot_gradients(args):
+    d = read_dump(args.dump)
+    scaled, true = backward(d), backward(d, 1 / d["S"])
+    rows = [["output gradient of"] + [f"block {l}" for l in range(d["L"])]]
+    fig, axes = plt.subplots(2, 1, figsize=(10, 5.6), sharex=True)
+    fig.subplots_adjust(left=0.075, right=0.985, top=0.93, bottom=0.09, hspace=0.2)
+    tiny, normal, most = RANGES["E5M2"]
+    bins = np.arange(-60, 17, 0.5)
+    for kind, color in zip(HIDDEN, COLORS):
+        names = [f"dy.h.{l}.{kind}" for l in range(d["L"])]
+        share = lambda g: [f"{100 * flushed(g[n], 'E5M2'):.2f} %" if g[n].any() else "all zero"
+                           for n in names]
+        once = [f"{100 * flushed(scaled[n] / np.float32(d['S']), 'E5M2'):.1f} %" for n in names]
+        rows += [[f"{kind}, with S", *share(scaled)], [f"{kind}, over S: that cast alone", *once],
+                 [f"{kind}, without S: the whole way", *share(true)]]
+        values = np.concatenate([scaled[n].ravel() for n in names])
+        values = np.log2(np.abs(values[values != 0]).astype(np.float64))
+        for ax, shift in zip(axes, (0, np.log2(d["S"]))):
+            count = np.histogram(values - shift, bins)[0] / len(values)
+            ax.stairs(100 * count, bins, color=color, lw=1.5, label=kind)
+    for ax, title in zip(axes, (f"with S = N C = {d['S']:.0f}", "the true gradient, divided by S")):
+        ax.axvspan(np.log2(normal), np.log2(most), color="#E1EBF7", lw=0, zorder=0)
+        ax.axvspan(np.log2(tiny), np.log2(normal), color="#F1F6FC", lw=0, zorder=0)
+        ax.axvline(np.log2(tiny) - 1, color=INK, lw=1, ls=(0, (5, 2)))
+        ax.set(xlim=(-40, 17), ylabel="values per half octave, %")
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"$2^{{{x:.0f}}}$"))
+        ax.set_title(title, loc="left", fontsize=11, fontweight="bold")
+    for x, text, side in ((np.log2(normal) + 0.3, "E5M2 in full precision", "left"),
+                          (np.log2(tiny) - 1.3, "flushed to zero", "right")):
+        axes[0].text(x, axes[0].get_ylim()[1] * 0.93, text, fontsize=8.5, color=GREY, ha=side, va="top")
+    axes[0].legend(loc="center left", title="gradient of the output of")
+    axes[1].set_xlabel("magnitude of a gradient, before its cast")
+    table(*rows)
+    save(fig, args.out)
+
+
+PICTURES = {"formats": (plot_formats, "what a cast costs, by the RMS of a tensor"),
+            "attention": (plot_attention, "variance of attention's output by position"),
+            "block": (plot_block, "one block, with predicted and measured RMS at every arrow"),
+            "gradients": (plot_gradients, "output gradients against E5M2's range, with S and without")}
+TABLES = {"init": (print_init, "RMS of tensors and gradients at initialisation, against theory"),
+          "update": (print_update, "what a first update changes, by width"),
+          "decay": (print_decay, "weight decay where nothing else moves a weight")}
+
+
+# ----------------------------------------------------------------------------------------------------------
 
 def main():
-    p = Parser(description="Draw the loss curves of runs, or the sizes of the tensors of one run.")
-    commands = p.add_subparsers(dest="command", metavar="loss|stats", required=True)
+    p = Parser(description="Draw the loss curves of runs, the sizes of tensors, and a first step.")
+    commands = p.add_subparsers(dest="command", required=True,
+                                metavar="|".join(["loss", "stats", *PICTURES, *TABLES]))
     loss = commands.add_parser("loss", help="loss over steps of one or more runs")
     loss.add_argument("out", metavar="OUT.png", help="the picture to write")
     loss.add_argument("runs", nargs="+", metavar="RUN", help="folder with a log.csv")
@@ -414,12 +870,27 @@ def main():
     stats = commands.add_parser("stats", help="sizes of tensors against the range of their formats")
     stats.add_argument("out", metavar="OUT.png", help="the picture to write")
     stats.add_argument("run", metavar="RUN", help="folder with a stats.csv")
+    for name, (_, text) in PICTURES.items():
+        picture = commands.add_parser(name, help=text)
+        picture.add_argument("out", metavar="OUT.svg", help="the picture to write (or OUT.png)")
+        picture.add_argument("dump", metavar="DUMP", help=STEP_HELP)
+        if name == "block":
+            picture.add_argument("--block", type=int, default=0, metavar="N", help="which one (default: 0)")
+    for name, (_, text) in TABLES.items():
+        printed = commands.add_parser(name, help=text)
+        if name == "decay":
+            printed.add_argument("dump", metavar="DUMP", help=STEP_HELP + ": the parameters before a run")
+            printed.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT",
+                                 help="after it, with the same seed")
+        else:
+            printed.add_argument("dumps", nargs="+", metavar="DUMP", help=STEP_HELP)
     args = p.parse_args()
-    if not args.out.endswith(".png"):
-        die(f"{args.out}: the picture's name has to end in .png")
+    if args.command not in TABLES and not args.out.endswith((".png", ".svg")):
+        die(f"{args.out}: the picture's name has to end in .png or .svg")
     if args.command == "loss" and args.smooth is not None and args.smooth < 1:
         die(f"--smooth {args.smooth}: must be at least 1")
-    plot_loss(args) if args.command == "loss" else plot_stats(args)
+    known = {"loss": plot_loss, "stats": plot_stats, **{k: f for k, (f, _) in (PICTURES | TABLES).items()}}
+    known[args.command](args)
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ static void ask_model(int size, int precision, void* memory) {
     c.precision = precision, c.tau = default_tau(c.layers);
     model_layout(&m, &c);
     m.training = 1;
-    gpu.is_fp8 = m.hidden->operand == E4M3, gpu.type = CUDA_R_16BF;
+    gpu.is_fp8 = m.precision->operand == E4M3, gpu.type = CUDA_R_16BF;
     gpu.x = gpu.dy = gpu.dyt = gpu.w = gpu.wt = (fp8*)memory;
     gpu.params = gpu.grads = (float*)memory, gpu.head = gpu.w16 = memory;
     for (int k = 0; k < BUFFERS; k++) gpu.act[k][0] = memory;

@@ -271,7 +271,7 @@ static const Version VERSIONS[] = {
     {}};
 static const Kernel KERNELS[] = {
     {"matmul fp8", "M N K", open_product, VERSIONS,
-     {{16, 16, 16}, {80, 80, 48}, {144, 144, 272}, {80, 272, 208}}, {{4096, 4096, 4096}, {16384, 3072, 768}}, 1,
-     expect},
+     {{16, 16, 16}, {80, 80, 48}, {144, 144, 272}, {80, 272, 208}},
+     {{4096, 4096, 4096}, {16384, 3072, 768}}, 1, expect},
 };
 int main(int argc, char** argv) { return lab(argc, argv, "matmul_fp8", KERNELS); }
