@@ -687,7 +687,8 @@ typedef struct {
 } Block;
 static Block block_of(const Model* m, int l, long row) {
     Block b;
-    for (int k = 0; k < BLOCK_BUFFERS; k++) ((float**)&b)[k] = buffer(m, l, k, row);
+    for (int k = 0; k < BLOCK_BUFFERS; k++)  // us has no norm1 and norm2
+        ((float**)&b)[k] = buffer_size(m, k) > 0 ? buffer(m, l, k, row) : NULL;
     return b;
 }
 static const float* stream_before(const Model* m, int l, long row) {
@@ -1491,7 +1492,7 @@ static FILE* archive_begin(const Archive* a, const char* path) {
 // Returns 0, or errno where the file cannot be written.
 static int archive_end(FILE* f, const char* path) {
     char *temporary = form("%s.tmp", path), *slash;
-    int error = f ? 0 : errno;
+    int error = f ? 0 : errno ? errno : EIO;
     if (f && (fflush(f) != 0 || ferror(f) || fsync(fileno(f)) != 0)) error = errno ? errno : EIO;
     if (f && fclose(f) != 0 && !error) error = errno;
     if (!error && rename(temporary, path) != 0) error = errno;
@@ -1953,7 +1954,6 @@ static const char* checkpoint_path(const char* dir, long step) {
 }
 static int lasting(const Model* m) { return !m->training ? 1 : m->c.optimizer == ADAMW ? 3 : 2; }
 static const char* const PREFIXES[2][3] = {{"", "lion.m.", ""}, {"", "adam.m.", "adam.v."}};
-// Returns 0, or errno where it cannot be written.
 static int checkpoint_save(Model* m, const Device* device) {
     Archive a;
     archive_config(&a, m);
@@ -2018,7 +2018,7 @@ static int checkpoint_open(Archive* a, const char* dir) {
     for (step = checkpoint_before(dir, LONG_MAX); step >= 0; step = checkpoint_before(dir, step)) {
         jmp_buf next;
         die_to = checkpoint_before(dir, step) >= 0 ? &next : NULL;
-        if (die_to && setjmp(next)) { archive_free(a); continue; }
+        if (die_to && setjmp(next)) { die_to = NULL, archive_free(a); continue; }
         archive_read(a, checkpoint_path(dir, step));
         checkpoint_check(a, step);
         break;
@@ -2071,7 +2071,7 @@ static double memory_available(void) {
 static void check_memory(const Model* m, int on_host) {
     const double available = memory_available();
     double params = 4.0 * (double)m->num_params * (lasting(m) + m->training), kept = 0;
-    const double one = 4.0 * m->c.width * fmax((double)m->vp, 4.0 * m->c.width);
+    const double one = 4.0 * m->c.width * fmax(fmax((double)m->vp, m->c.seq), 4.0 * m->c.width);
     for (int k = 0; k < BUFFERS; k++) kept += 4 * buffer_size(m, k);
     if (!on_host) params = kept = 0;
     if (m->training && on_host)
@@ -2153,8 +2153,8 @@ static void generate(Model* m, const Device* device, const Text* text, int count
     int *window = m->inputs, *start = (int*)scratch(SCRATCH_TENSOR, (long)strlen(m->c.prompt) + 1);
     int n = text_encode(text, m->c.prompt, start);
     if (n == 0) start[n++] = text->end;
+    for (int i = 0; i < n; i++) if (start[i] < 0) die("the tokenizer lacks a byte of --prompt");
     for (int i = 0; i < n; i++) {
-        if (start[i] < 0) die("the tokenizer lacks a byte of --prompt");
         if (*m->c.prompt) text_print(text, start[i]);
         if (i >= n - T) window[length++] = start[i];  // the end of a prompt that is too long
     }

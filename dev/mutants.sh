@@ -117,7 +117,7 @@ saves: a second signal at once is fatal | s/ \&\& seconds() - stopped_at > 1)/)/
 saves: a dropped terminal is fatal | s/{SIGINT, SIGTERM, SIGHUP, SIGPIPE}/{SIGINT, SIGTERM, SIGPIPE, SIGPIPE}/
 saves: what --save-every names is deleted | s/!every(c->save_every, s) \&\& ++kept/++kept/
 resume: other data is accepted | s/if (archive_get(a, keys\[i\]) \&\& /if (0 \&\& /
-resume: a damaged checkpoint ends all | s/if (die_to \&\& setjmp(next)) { archive_free(a); continue; }/die_to = NULL;/
+resume: a damaged checkpoint ends all | s/if (die_to \&\& setjmp(next)) { die_to = NULL, archive_free(a); continue; }/die_to = NULL;/
 print: control characters of two bytes pass | s/length == 2 \&\& code >= 0xA0/length == 2 \&\& code >= 0x80/
 files: half a surrogate pair is a character | s/if (low >> 10 == 0xDC00 >> 10) code/if (0) code/
 recompute: a block is not computed again | s/if (m->c.recompute \&\& l < m->c.layers - 1)/if (0)/
