@@ -1132,7 +1132,7 @@ static void launch_update(Dest<S> copy, float* w, float* m, float* v, const floa
 }
 
 // ---- Unit-scale statistics --------------------------------------------------------------------------------
-// As stat_measure: of the BF16 values, and of what a cast to `format` would make of them. A block a part.
+// As stat_record: of the BF16 values, and of what a cast to `format` would make of them. A block a part.
 template <class S> static __global__ void __launch_bounds__(THREADS)
 stat_kernel(StatSums* sums, const S* x, long n, int bf16_first, Format format) {
     __shared__ float shared[32];
