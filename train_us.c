@@ -701,7 +701,7 @@ static void block_forward(Model* m, int l, long B, long t0, long T) {
     const long C = m->c.width, N = B * T - t0;
     const Format f = m->precision->stream;
     const int post = m->scheme->norm_last;
-    const Block b = block_of(m, l, t0), all = block_of(m, l, 0);
+    const Block b = block_of(m, l, t0), all = block_of(m, l, 0);  // attention looks back at all rows
     const float* before = stream_before(m, l, t0);
 
     if (!post) norm(m, l, LN1_GAIN, LN1_BIAS, b.norm1, b.mean1, b.rstd1, before, NULL, N);
@@ -1382,8 +1382,8 @@ static void tokens_read(const Split* s, long start, long T, int* inputs, int* ta
 }
 
 // Where training sequence number `sequence` starts. An epoch cuts the text into n windows of T from a random
-// offset and visits them in a random order; both follow from seed and epoch: a run can be resumed anywhere.
-// The order is a four-round Feistel permutation of an even number of bits, repeated until it lands below n.
+// offset and visits them in a random order. A shuffle would have to be stored to go on in its middle; a
+// four-round Feistel permutation of an even number of bits, repeated until it lands below n, need not.
 static long window_start(uint64_t seed, long sequence, long count, long T) {
     long n = count < 2 * T ? 1 : (count - T) / T, epoch = sequence / n;
     uint64_t stream = stream_of("epoch") + (uint64_t)epoch, x = (uint64_t)(sequence % n);
