@@ -1887,7 +1887,7 @@ typedef struct {
     double (*loss)(Model* m);                                 // of m->inputs and m->targets
     double (*trace)(Model* m);                                // the same; every buffer, and grads, filled in
     StepResult (*update)(Model* m, double lr);                // a step with the gradients of the last trace
-    const float* (*next)(Model* m, long t0, long T);          // logits at T-1; rows before t0 are known
+    const float* (*next)(Model* m, long t0, long length);     // logits at its end; rows before t0 are known
     void (*fetch)(Model* m);                                  // all arrays that the host has are brought up
     const float* (*get)(Model* m, Lasting what, const Tensor* t);              // valid until the next get
     void (*put)(Model* m, Lasting what, const Tensor* t, const void* values);  // floats, however aligned
@@ -1906,10 +1906,10 @@ static double cpu_trace(Model* m) {
     model_logits(m, 0, m->rows);  // again, as their gradient took their place
     return loss;
 }
-static const float* cpu_next(Model* m, long t0, long T) {
-    model_forward(m, 1, m->c.recompute ? 0 : t0, T);  // with one block's buffers nothing earlier is known
-    model_logits(m, T - 1, 1);
-    return buffer(m, 0, A_LOGITS, T - 1);
+static const float* cpu_next(Model* m, long t0, long length) {
+    model_forward(m, 1, m->c.recompute ? 0 : t0, length);  // with one block's buffers nothing earlier is known
+    model_logits(m, length - 1, 1);
+    return buffer(m, 0, A_LOGITS, length - 1);
 }
 static void cpu_nothing(Model* m) { (void)m; }
 static const float* cpu_get(Model* m, Lasting what, const Tensor* t) {

@@ -2012,19 +2012,19 @@ static StepResult gpu_update(Model* m, double lr) {
     return step_result(m);
 }
 // The whole window each time: a cache of keys and values would be another code path for a few ms.
-template <class S> static void next_gpu(Model* m, long T, float* logits) {
-    const long whole = min_l(m->c.seq, div_up(T, 64) * 64);  // few different shapes
+template <class S> static void next_gpu(Model* m, long length, float* logits) {
+    const long whole = min_l(m->c.seq, div_up(length, 64) * 64);  // few different shapes
     int* tokens = gpu.staged[gpu.turn ^ 1];
-    for (long t = 0; t < whole; t++) tokens[t] = t < T ? m->inputs[t] : 0;
+    for (long t = 0; t < whole; t++) tokens[t] = t < length ? m->inputs[t] : 0;
     upload_batch(tokens, whole);
     forward_gpu<S>(m, 1, whole);
-    logits_gpu<S>(m, T - 1, 1);
+    logits_gpu<S>(m, length - 1, 1);
     fetch_floats(logits, act<S>(m, 0, A_LOGITS), m->c.vocab);
 }
-static const float* gpu_next(Model* m, long t0, long T) {
+static const float* gpu_next(Model* m, long t0, long length) {
     static float logits[65536];
     (void)t0;
-    is_fp32(m) ? next_gpu<float>(m, T, logits) : next_gpu<bf16>(m, T, logits);
+    is_fp32(m) ? next_gpu<float>(m, length, logits) : next_gpu<bf16>(m, length, logits);
     return logits;
 }
 static void gpu_fetch(Model* m) {
