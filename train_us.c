@@ -1907,7 +1907,7 @@ static double cpu_trace(Model* m) {
     return loss;
 }
 static const float* cpu_next(Model* m, long t0, long length) {
-    model_forward(m, 1, m->c.recompute ? 0 : t0, length);  // with one block's buffers nothing earlier is known
+    model_forward(m, 1, m->c.recompute ? 0 : t0, length);  // with one block's buffers nothing is known
     model_logits(m, length - 1, 1);
     return buffer(m, 0, A_LOGITS, length - 1);
 }
