@@ -205,8 +205,8 @@ static void linear_backward(float* dx, float* dw,                               
     matmul(dw, I, view(dy, 1, O, p->gradient), view(x, 1, I, p->operand), O, I, N, alpha, 1, FP32);
 }
 
-// out = a x + b y. The sums of the stream and a branch: sp's forward and us's backward, whose others are part
-// of LayerNorm. With b = 0 a multiple of x.
+// out = a x + b y: the residual sum where LayerNorm does not do it, which is forward with pre-LayerNorm and
+// backward with Res-Post-LayerNorm. With b = 0 it is a x. out may be x.
 static void weighted_sum(float* out, float a, const float* x, float b, const float* y,
                          long n, Format format) {
     #pragma omp parallel for schedule(static)
@@ -436,11 +436,11 @@ static void embedding_backward(float* dwte, float* dwpe, const float* dx, const 
 
 // Cross-entropy of each row; with want_gradient, the logits become their gradient, scale (softmax - onehot),
 // in place. Padded columns V..Vp-1 take no part.
-//   Two factors are left out (OURS): here 1/R, for the mean over the R rows of a step, and in model_backward
-// the head's alpha, 1/C (sp: 1). So every gradient is S = R C (sp: R) times the true one, a constant known
-// beforehand: 131,072 for R = 1024, C = 128. Without S, what reaches the hidden linears would nearly all lie
-// under half of E5M2's least number, 1.5e-5, and be flushed to zero. Two places know of S: rates(), for
-// AdamW's epsilon, and gradient_norm(). A test sets scale to 1/S and shows the flushing.
+//   Every gradient is S times the true one (OURS). Left out: 1/R here, R = N accum being the rows of a step
+// (scale is 1), and the head's alpha, 1/C (sp: 1), in model_backward: S = R C (sp: R), 131,072 for R = 1024,
+// C = 128. The true gradients at the hidden linears nearly all lie under half of E5M2's least number, 2^-16:
+// they would be flushed to zero. Two places know of S: rates(), for AdamW's epsilon, and gradient_norm(). A
+// test sets scale to 1/S and shows the flushing.
 static void loss_forward_backward(float* losses, float* logits, const int* targets,     // (N), (N,Vp), (N)
                                   int want_gradient, float scale, long N, long V, long Vp, Format format) {
     #pragma omp parallel for schedule(static)
@@ -595,8 +595,8 @@ static Tensor* tensor(const Model* m, int l, int kind) {  // any l for what is t
 }
 static float* param(const Model* m, int l, int kind) { return m->params + tensor(m, l, kind)->offset; }
 static float* grad(const Model* m, int l, int kind) { return m->grads + tensor(m, l, kind)->offset; }
-// Copies of a buffer: one per block or one for all. --recompute keeps only a block's x, and backward computes
-// the rest of it again.
+// Copies of a buffer: one per block, or one for all. --recompute keeps of each block only x; the others have
+// one copy, which backward fills again with block_forward (the last block's is still there).
 static int kept(const Model* m, int kind) {
     return kind >= BLOCK_BUFFERS || (m->c.recompute && kind != A_X) ? 1 : m->c.layers;
 }
@@ -701,7 +701,7 @@ static void block_forward(Model* m, int l, long B, long t0, long T) {
     const long C = m->c.width, N = B * T - t0;
     const Format f = m->precision->stream;
     const int post = m->scheme->norm_last;
-    const Block b = block_of(m, l, t0), all = block_of(m, l, 0);  // attention looks back at all rows
+    const Block b = block_of(m, l, t0), all = block_of(m, l, 0);  // attention reads earlier rows
     const float* before = stream_before(m, l, t0);
 
     if (!post) norm(m, l, LN1_GAIN, LN1_BIAS, b.norm1, b.mean1, b.rstd1, before, NULL, N);
@@ -782,9 +782,9 @@ static void norm_back(Model* m, int l, int gain, int bias, float* dx, const floa
                        m->skip_coef, coef, m->rows, m->c.width, m->precision->stream);
 }
 
-// From the gradient after block l, in dx, to that before it, also in dx. Gradients of one width share a
-// buffer: D_X d x, d mid, d before; D_BRANCH d down, d out; D_WIDE d g, d up, d qkv; D_NARROW d (input of
-// up), d y, d (input of qkv).
+// From the gradient after block l, in D_X, to that before it, also in D_X. In turn D_X has d x, d mid, d
+// before; D_BRANCH d down, d out; D_WIDE d g, d up, d qkv; D_NARROW d mid's part through `up`, d y, d
+// before's part through `qkv` (sp: d norm2, d y, d norm1).
 static void block_backward(Model* m, int l, long B, long T) {
     const long C = m->c.width, N = B * T;
     const Format f = m->precision->stream;
@@ -827,7 +827,7 @@ static void model_backward(Model* m) {
     const Format f = m->head_precision->gradient;
     const float *dlogits = m->buffers[A_LOGITS], *lnf = m->buffers[A_LNF], *w_head = param(m, 0, HEAD);
     float *dx = m->buffers[D_X], *dlnf = m->buffers[D_BRANCH];
-    // Both matmuls lack the head's alpha: see S.
+    // alpha is 1 here, not the head's: the factor C in S, see loss_forward_backward.
     stat_record(m, stat_row(m, 0, HEAD), "head", 2, dlogits, N * m->vp, f);
     matmul(grad(m, 0, HEAD), C, view(dlogits, 1, m->vp, f), view(lnf, 1, C, f), V, C, N, 1.0f, 1, FP32);
     matmul(dlnf, C, view(dlogits, m->vp, 1, f), view(w_head, 1, C, f), N, C, V, 1.0f, 0,
@@ -957,7 +957,7 @@ static StepResult cpu_step(Model* m, const Split* train, double lr) {
         m->stats_on = 0;  // statistics are of the first batch
     }
     r = cpu_finish(m, r, lr);
-    if (m->step == step) m->sequence = sequence;
+    if (m->step == step) m->sequence = sequence;  // not taken: its sequences do not count as consumed
     return r;
 }
 // ======== Part two: the program =========================================================================
