@@ -60,12 +60,12 @@ train_us_cuda: $(GPU)
 test_us_cuda: test_us.c $(GPU)
 	$(CUDA) -x cu -DUS_SOURCE=\"train_us.cu\" test_us.c -o $@ -lcublasLt
 
-bench_gpu: dev/bench_gpu.cu dev/cuda/bench.h $(GPU)
+bench_gpu: dev/bench_gpu.cu dev/cuda/bench.h dev/sizes.h $(GPU)
 	$(CUDA) dev/bench_gpu.cu -o $@ -lcublasLt
 
 # The names of cuBLASLt's tiles and stages are in its header only (where that is not found, numbers do).
 LT_HEADER = $(dir $(NVCC))../include/cublasLt.h
-probe_gpu: dev/probe_gpu.cu $(GPU)
+probe_gpu: dev/probe_gpu.cu dev/sizes.h $(GPU)
 	@mkdir -p out
 	-sed -n 's/.*_TILE_\([0-9]*x[0-9]*\) *= *\([0-9]*\),.*/{\2, "\1"},/p' $(LT_HEADER) >out/tiles.h
 	-sed -n 's/.*_STAGES_\([0-9]*x[0-9A-Z]*\) *= *\([0-9]*\),.*/{\2, "\1"},/p' $(LT_HEADER) >out/stages.h
@@ -96,11 +96,11 @@ test_us_emu: test_us.c out/train_us.cpp out/emu.o train_us.c $(EMU)
 	$(CPP) $(EMU_O) -x c++ '-DUS_SOURCE="out/train_us.cpp"' test_us.c -x none out/emu.o -o $@
 
 # What `make gpu` measures with, on a model so small that the emulator shows in seconds that it works.
-out/bench_gpu_emu: out/dev/bench_gpu.cpp out/dev/cuda/bench.h out/train_us.cpp out/emu.o train_us.c $(EMU)
+out/bench_gpu_emu: out/dev/bench_gpu.cpp out/dev/cuda/bench.h out/dev/sizes.h out/train_us.cpp out/emu.o train_us.c $(EMU)
 	$(CPP) -O1 '-DUS_SOURCE="out/train_us.cpp"' $< out/emu.o -o $@
 bench_gpu_emu: out/bench_gpu_emu
 	OMP_NUM_THREADS=1 out/bench_gpu_emu tiny
-out/probe_gpu_emu: out/dev/probe_gpu.cpp out/train_us.cpp out/emu.o train_us.c $(EMU)
+out/probe_gpu_emu: out/dev/probe_gpu.cpp out/dev/sizes.h out/train_us.cpp out/emu.o train_us.c $(EMU)
 	$(CPP) -O1 '-DUS_SOURCE="out/train_us.cpp"' $< out/emu.o -o $@
 probe_gpu_emu: out/probe_gpu_emu
 	out/probe_gpu_emu

@@ -1789,12 +1789,12 @@ static void check_operands(Model* m) {
     for (int l = 0; l < L; l++)
         for (int kind = QKV; kind <= DOWN; kind++) {
             const Block b = block_of(m, l, 0);
-            const int us = m->scheme->norm_last;
-            const float* before = us ? stream_before(m, l, 0) : b.norm1;
+            const int post = m->scheme->norm_last;
+            const float* before = post ? stream_before(m, l, 0) : b.norm1;
             const float* x = kind == QKV    ? before
                              : kind == OUT  ? b.y
                              : kind == DOWN ? b.g
-                                            : (us ? b.mid : b.norm2);
+                                            : (post ? b.mid : b.norm2);
             check_codes(l == L - 1 && kind == DOWN ? gpu.x : NULL, gpu.xt[kind][l], x, N,
                         tensor(m, l, kind)->cols, Np, E4M3, form("input of h.%d.%s", l, TENSORS[kind].name));
         }

@@ -497,8 +497,7 @@ static const Scheme SCHEMES[] = {
 };
 
 // tau, the share of a branch in the stream's variance, depends on depth only ([µS] 3.1, fig. 5, 9). The
-// paper plots it; OURS is the curve through 0.4 at 4 blocks and about 0.1 at 100: 0.4 (4/L)^0.43 is 0.1002
-// there.
+// paper plots it; OURS is the curve through 0.4 at 4 blocks and about 0.1 at 100, where this is 0.1002.
 static float default_tau(int layers) { return fminf(0.4f, 0.4f * powf(4.0f / (float)layers, 0.43f)); }
 
 // All settings of a run. The command line fills it; a checkpoint stores it.
@@ -673,11 +672,16 @@ static void linear(Model* m, int l, int kind, float* y, const float* x, long N) 
     stat_record(m, stat_row(m, l, kind), t->name, 1, w, t->rows * t->cols, t->operand);
     linear_forward(y, x, w, t->alpha, m->precision, N, t->cols, t->rows);
 }
-// out = skip_coef skip + branch_coef LN(x), or without skip LN(x).
-static void norm(Model* m, int l, int gain, int bias, float* out, float* mean, float* rstd, const float* x,
-                 const float* skip, long N) {
-    layernorm_forward(out, mean, rstd, x, param(m, l, gain), param(m, l, bias), skip, m->skip_coef,
-                      skip ? m->branch_coef : 1.0f, N, m->c.width, m->precision->stream);
+// A LayerNorm: its parameters, and where the mean and 1/deviation of its rows are kept.
+typedef struct { int gain, bias, mean, rstd; } Norm;
+static const Norm NORM1 = {.gain = LN1_GAIN, .bias = LN1_BIAS, .mean = A_MEAN1, .rstd = A_RSTD1},
+                  NORM2 = {.gain = LN2_GAIN, .bias = LN2_BIAS, .mean = A_MEAN2, .rstd = A_RSTD2},
+                  FINAL = {.gain = LNF_GAIN, .bias = LNF_BIAS, .mean = A_MEANF, .rstd = A_RSTDF};
+// out = skip_coef skip + branch_coef LN(x), or without skip LN(x), of N rows from `row`.
+static void norm(Model* m, int l, Norm k, float* out, const float* x, const float* skip, long row, long N) {
+    layernorm_forward(out, buffer(m, l, k.mean, row), buffer(m, l, k.rstd, row), x, param(m, l, k.gain),
+                      param(m, l, k.bias), skip, m->skip_coef, skip ? m->branch_coef : 1.0f, N, m->c.width,
+                      m->precision->stream);
 }
 
 // What forward keeps of a block: (N,C), but qkv (N,3C), up and g (N,4C), means and rstds (N). In the order of
@@ -704,7 +708,7 @@ static void block_forward(Model* m, int l, long B, long t0, long T) {
     const Block b = block_of(m, l, t0), all = block_of(m, l, 0);  // attention reads earlier rows
     const float* before = stream_before(m, l, t0);
 
-    if (!post) norm(m, l, LN1_GAIN, LN1_BIAS, b.norm1, b.mean1, b.rstd1, before, NULL, N);
+    if (!post) norm(m, l, NORM1, b.norm1, before, NULL, t0, N);
     if (!post) wrote(m, l, A_NORM1, N * C);
     linear(m, l, QKV, b.qkv, post ? before : b.norm1, N);
     wrote(m, l, A_QKV, N * 3 * C);
@@ -712,11 +716,11 @@ static void block_forward(Model* m, int l, long B, long t0, long T) {
     wrote(m, l, A_Y, N * C);
     linear(m, l, OUT, b.out, b.y, N);
     wrote(m, l, A_OUT, N * C);
-    if (post) norm(m, l, LN1_GAIN, LN1_BIAS, b.mid, b.mean1, b.rstd1, b.out, before, N);
+    if (post) norm(m, l, NORM1, b.mid, b.out, before, t0, N);
     else weighted_sum(b.mid, m->skip_coef, before, m->branch_coef, b.out, N * C, f);
     wrote(m, l, A_MID, N * C);
 
-    if (!post) norm(m, l, LN2_GAIN, LN2_BIAS, b.norm2, b.mean2, b.rstd2, b.mid, NULL, N);
+    if (!post) norm(m, l, NORM2, b.norm2, b.mid, NULL, t0, N);
     if (!post) wrote(m, l, A_NORM2, N * C);
     linear(m, l, UP, b.up, post ? b.mid : b.norm2, N);
     wrote(m, l, A_UP, N * 4 * C);
@@ -724,7 +728,7 @@ static void block_forward(Model* m, int l, long B, long t0, long T) {
     wrote(m, l, A_G, N * 4 * C);
     linear(m, l, DOWN, b.down, b.g, N);
     wrote(m, l, A_DOWN, N * C);
-    if (post) norm(m, l, LN2_GAIN, LN2_BIAS, b.x, b.mean2, b.rstd2, b.down, b.mid, N);
+    if (post) norm(m, l, NORM2, b.x, b.down, b.mid, t0, N);
     else weighted_sum(b.x, m->skip_coef, b.mid, m->branch_coef, b.down, N * C, f);
     wrote(m, l, A_X, N * C);
     stat_record(m, 5 * (l + 1), form("h.%d.x", l), 0, b.x, N * C, f);
@@ -739,8 +743,7 @@ static void model_forward(Model* m, long B, long t0, long T) {
     wrote(m, 0, A_X0, N * C);
     stat_record(m, 0, "x", 0, m->buffers[A_X0], N * C, m->precision->stream);
     for (int l = 0; l < m->c.layers; l++) block_forward(m, l, B, t0, T);
-    norm(m, 0, LNF_GAIN, LNF_BIAS, buffer(m, 0, A_LNF, t0), buffer(m, 0, A_MEANF, t0),
-         buffer(m, 0, A_RSTDF, t0), stream_before(m, m->c.layers, t0), NULL, N);
+    norm(m, 0, FINAL, buffer(m, 0, A_LNF, t0), stream_before(m, m->c.layers, t0), NULL, t0, N);
     wrote(m, 0, A_LNF, N * C);
 }
 
@@ -776,10 +779,11 @@ static void linear_back(Model* m, int l, int kind, float* dx, const float* dy, c
     linear_backward(dx, grad(m, l, kind), dy, x, param(m, l, kind), t->alpha, m->precision, m->rows, t->cols,
                     t->rows);
 }
-static void norm_back(Model* m, int l, int gain, int bias, float* dx, const float* dout, const float* x,
-                      const float* mean, const float* rstd, const float* dskip, float coef) {
-    layernorm_backward(dx, grad(m, l, gain), grad(m, l, bias), dout, x, mean, rstd, param(m, l, gain), dskip,
-                       m->skip_coef, coef, m->rows, m->c.width, m->precision->stream);
+static void norm_back(Model* m, int l, Norm k, float* dx, const float* dout, const float* x,
+                      const float* dskip, float coef) {
+    layernorm_backward(dx, grad(m, l, k.gain), grad(m, l, k.bias), dout, x, buffer(m, l, k.mean, 0),
+                       buffer(m, l, k.rstd, 0), param(m, l, k.gain), dskip, m->skip_coef, coef, m->rows,
+                       m->c.width, m->precision->stream);
 }
 
 // From the gradient after block l, in D_X, to that before it, also in D_X. In turn D_X has d x, d mid, d
@@ -794,7 +798,7 @@ static void block_backward(Model* m, int l, long B, long T) {
     float *dx = m->buffers[D_X], *dout = m->buffers[D_BRANCH], *ddown = dout;
     float *dy = m->buffers[D_NARROW], *din = dy, *dg = m->buffers[D_WIDE], *dup = dg, *dqkv = dg;
 
-    if (post) norm_back(m, l, LN2_GAIN, LN2_BIAS, ddown, dx, b.down, b.mean2, b.rstd2, NULL, branch);
+    if (post) norm_back(m, l, NORM2, ddown, dx, b.down, NULL, branch);
     else weighted_sum(ddown, branch, dx, 0.0f, dx, N * C, f);
     wrote(m, l, D_BRANCH, N * C);
     linear_back(m, l, DOWN, dg, ddown, b.g);
@@ -804,10 +808,10 @@ static void block_backward(Model* m, int l, long B, long T) {
     linear_back(m, l, UP, din, dup, post ? b.mid : b.norm2);
     wrote(m, l, D_NARROW, N * C);
     if (post) weighted_sum(dx, m->skip_coef, dx, 1.0f, din, N * C, f);
-    else norm_back(m, l, LN2_GAIN, LN2_BIAS, dx, din, b.mid, b.mean2, b.rstd2, dx, 1.0f);
+    else norm_back(m, l, NORM2, dx, din, b.mid, dx, 1.0f);
     wrote(m, l, D_X, N * C);
 
-    if (post) norm_back(m, l, LN1_GAIN, LN1_BIAS, dout, dx, b.out, b.mean1, b.rstd1, NULL, branch);
+    if (post) norm_back(m, l, NORM1, dout, dx, b.out, NULL, branch);
     else weighted_sum(dout, branch, dx, 0.0f, dx, N * C, f);
     wrote(m, l, D_BRANCH, N * C);
     linear_back(m, l, OUT, dy, dout, b.y);
@@ -817,7 +821,7 @@ static void block_backward(Model* m, int l, long B, long T) {
     linear_back(m, l, QKV, din, dqkv, post ? before : b.norm1);
     wrote(m, l, D_NARROW, N * C);
     if (post) weighted_sum(dx, m->skip_coef, dx, 1.0f, din, N * C, f);
-    else norm_back(m, l, LN1_GAIN, LN1_BIAS, dx, din, before, b.mean1, b.rstd1, dx, 1.0f);
+    else norm_back(m, l, NORM1, dx, din, before, dx, 1.0f);
     wrote(m, l, D_X, N * C);
 }
 
@@ -833,8 +837,7 @@ static void model_backward(Model* m) {
     matmul(dlnf, C, view(dlogits, m->vp, 1, f), view(w_head, 1, C, f), N, C, V, 1.0f, 0,
            m->precision->stream);
     wrote(m, 0, D_BRANCH, N * C);
-    norm_back(m, 0, LNF_GAIN, LNF_BIAS, dx, dlnf, stream_before(m, m->c.layers, 0), m->buffers[A_MEANF],
-              m->buffers[A_RSTDF], NULL, 1.0f);
+    norm_back(m, 0, FINAL, dx, dlnf, stream_before(m, m->c.layers, 0), NULL, 1.0f);
     wrote(m, 0, D_X, N * C);
     for (int l = m->c.layers - 1; l >= 0; l--) {
         const int stats_on = m->stats_on;
@@ -2014,10 +2017,11 @@ static long checkpoint_before(const char* dir, long step) {
 }
 // Opens the newest checkpoint in --out that is not damaged, and names those that are; is one there?
 static int checkpoint_open(Archive* a, const char* dir) {
-    static long step;  // not on the stack, which longjmp may leave half changed
-    for (step = checkpoint_before(dir, LONG_MAX); step >= 0; step = checkpoint_before(dir, step)) {
+    static long step, older;  // not on the stack, which longjmp may leave half changed
+    for (step = checkpoint_before(dir, LONG_MAX); step >= 0; step = older) {
         jmp_buf next;
-        die_to = checkpoint_before(dir, step) >= 0 ? &next : NULL;
+        older = checkpoint_before(dir, step);
+        die_to = older >= 0 ? &next : NULL;
         if (die_to && setjmp(next)) { die_to = NULL, archive_free(a); continue; }
         archive_read(a, checkpoint_path(dir, step));
         checkpoint_check(a, step);
@@ -2070,10 +2074,10 @@ static double memory_available(void) {
 // there. on_host: all of it, with one tensor apart while it is made; or else that one alone.
 static void check_memory(const Model* m, int on_host) {
     const double available = memory_available();
-    double params = 4.0 * (double)m->num_params * (lasting(m) + m->training), kept = 0;
+    const double params = on_host ? 4.0 * (double)m->num_params * (lasting(m) + m->training) : 0;
     const double one = 4.0 * m->c.width * fmax(fmax((double)m->vp, m->c.seq), 4.0 * m->c.width);
-    for (int k = 0; k < BUFFERS; k++) kept += 4 * buffer_size(m, k);
-    if (!on_host) params = kept = 0;
+    double kept = 0;
+    for (int k = 0; k < BUFFERS && on_host; k++) kept += 4 * buffer_size(m, k);
     if (m->training && on_host)
         printf("memory: %.0f MB parameters, gradients and optimizer state, %.0f MB activations\n",
                params * 1e-6, kept * 1e-6);

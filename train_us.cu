@@ -57,6 +57,7 @@ static void lt_check(cublasStatus_t s, const char* what, const char* file, int l
     die("%s:%d: %s: cuBLAS status %d (is this toolkit's libcublasLt the one found?)", file, line, what, s);
 }
 #define CUDA(call) cuda_check(call, #call, __FILE__, __LINE__)
+#define LT(call) lt_check(call, #call, __FILE__, __LINE__)
 // The first card, and its compute capability times ten. Where none can be used the driver's reason is
 // printed, most often that it is older than the toolkit.
 static int open_card(cudaDeviceProp* card, const char* instead) {
@@ -66,7 +67,6 @@ static int open_card(cudaDeviceProp* card, const char* instead) {
     CUDA(cudaGetDeviceProperties(card, 0));
     return card->major * 10 + card->minor;
 }
-#define LT(call) lt_check(call, #call, __FILE__, __LINE__)
 
 // After every launch: did it start? With a profile, an event is left behind to take the time from.
 enum { PROFILE_MAX = 8192 };
@@ -1389,12 +1389,12 @@ static long ints_of_batch(const Model* m) { return 3 * m->rows + m->c.vocab + 1;
 
 // How many of a buffer there are: as kept() says, or one that every block uses in turn, or none.
 static int buffers_of(const Model* m, int k) {
-    const int per_block = kept(m, k), us = m->scheme->norm_last;
-    if (k == A_NORM1 || k == A_NORM2) return us || gpu.is_fp8 ? 0 : per_block;
+    const int per_block = kept(m, k), post = m->scheme->norm_last;
+    if (k == A_NORM1 || k == A_NORM2) return post || gpu.is_fp8 ? 0 : per_block;
     if (k == A_G) return gpu.is_fp8 ? 0 : per_block;
-    if (k == A_OUT || k == A_DOWN) return us ? per_block : 1;        // sp: used up by the residual sum
-    if (k == A_MID) return us && gpu.is_fp8 ? 1 : per_block;         // us: backward needs its codes only
-    if (k == A_X) return us && gpu.is_fp8 && !m->c.recompute ? 1 : per_block;
+    if (k == A_OUT || k == A_DOWN) return post ? per_block : 1;        // sp: used up by the residual sum
+    if (k == A_MID) return post && gpu.is_fp8 ? 1 : per_block;         // us: backward needs its codes only
+    if (k == A_X) return post && gpu.is_fp8 && !m->c.recompute ? 1 : per_block;
     return k == A_LOSSES ? 0 : per_block;
 }
 
@@ -1580,11 +1580,6 @@ static void linear_backward_gpu(Model* m, int l, int kind, S* dx, const S* dy, c
     launch_linear_dw(grad_gpu(m, l, kind), dy_columns, x_columns, Np, I, O, t->alpha);
 }
 
-// A LayerNorm: its parameters and the buffers of its rows' mean and 1/deviation.
-typedef struct { int gain, bias, mean, rstd; } Norm;
-static const Norm NORM1 = {LN1_GAIN, LN1_BIAS, A_MEAN1, A_RSTD1},
-                  NORM2 = {LN2_GAIN, LN2_BIAS, A_MEAN2, A_RSTD2},
-                  FINAL = {LNF_GAIN, LNF_BIAS, A_MEANF, A_RSTDF};
 template <class S> static void norm_forward_gpu(Model* m, int l, Norm k, Dest<S> out, const S* x, S* sum,
                                                 const S* add, const S* skip, long N) {
     launch_norm_forward<S>(out, floats_of(m, l, k.mean), floats_of(m, l, k.rstd), sum, x, add, skip,
@@ -1664,17 +1659,17 @@ template <class S> static void block_forward_gpu(Model* m, int l, long B, long T
 // Tokens on the GPU -> A_LNF, the head's input. batch: tokens, targets, order, starts (see stage).
 template <class S> static void forward_gpu(Model* m, long B, long T) {
     const long C = m->c.width, N = B * T;
-    const int us = m->scheme->norm_last;
+    const int post = m->scheme->norm_last;
     S* x0 = act<S>(m, 0, A_X0);
-    launch_embedding_forward<S>(us ? input_of<S>(m, 0, QKV, x0, 1, N) : value_only(x0, C, N), gpu.batch,
+    launch_embedding_forward<S>(post ? input_of<S>(m, 0, QKV, x0, 1, N) : value_only(x0, C, N), gpu.batch,
                                 param_gpu(m, 0, WTE), param_gpu(m, 0, WPE), m->scheme->embedding_scale, N, T,
                                 C);
     trace_buffer(m, 0, A_X0, x0, 0, N * C);
     stat_gpu(m, 0, "x", 0, x0, N * C, m->precision->stream);
-    if (!us) enter_block<S>(m, 0, N);
+    if (!post) enter_block<S>(m, 0, N);
     for (int l = 0; l < m->c.layers; l++) block_forward_gpu<S>(m, l, B, T, 0);
     S* lnf = act<S>(m, 0, A_LNF);
-    if (us)
+    if (post)
         norm_forward_gpu<S>(m, 0, FINAL, value_only(lnf, C, N), stream_before_gpu<S>(m, m->c.layers), NULL,
                             NULL, NULL, N);
     trace_buffer(m, 0, A_LNF, lnf, 0, N * C);
@@ -1772,9 +1767,9 @@ template <class S> static void block_backward_gpu(Model* m, int l, long B, long 
 // Adds S times the gradient of the batch that forward_gpu and head_gpu have seen to gpu.grads.
 template <class S> static void backward_gpu(Model* m, long B, long T) {
     const long C = m->c.width, N = B * T;
-    const int us = m->scheme->norm_last, stats_on = m->stats_on, tracing = gpu.tracing;
+    const int post = m->scheme->norm_last, stats_on = m->stats_on, tracing = gpu.tracing;
     S *dx = act<S>(m, 0, D_X), *dlnf = act<S>(m, 0, D_BRANCH), *din = act<S>(m, 0, D_NARROW);
-    norm_backward_gpu<S>(m, 0, FINAL, us ? value_only(dx, C, N) : gradient_of<S>(dx, 1, C, N), NULL, dlnf,
+    norm_backward_gpu<S>(m, 0, FINAL, post ? value_only(dx, C, N) : gradient_of<S>(dx, 1, C, N), NULL, dlnf,
                          NULL, stream_before_gpu<S>(m, m->c.layers), 1.0f, 0, N);
     trace_buffer(m, 0, D_X, dx, 0, N * C);
     for (int l = m->c.layers - 1; l >= 0; l--) {
@@ -1786,7 +1781,7 @@ template <class S> static void backward_gpu(Model* m, long B, long T) {
         }
         block_backward_gpu<S>(m, l, B, T);
     }
-    if (us) {
+    if (post) {
         launch_weighted_sum<S>(value_only(dx, C, N), m->skip_coef, dx, 1.0f, din, N, C);
         trace_buffer(m, 0, D_X, dx, 0, N * C);
     }

@@ -13,14 +13,10 @@ embedding backward more.
 #define US_SOURCE "../../train_us.cu"  // as seen from cuda/
 #endif
 #include "cuda/bench.h"
+#include "sizes.h"
 
-typedef struct { const char* name; int layers, heads, width, seq; } BenchModel;
-static const BenchModel MODELS[] = {{"124M", 12, 12, 768, 1024}, {"350M", 24, 16, 1024, 1024},
-                                    {"774M", 36, 20, 1280, 1024}, {"1.5B", 48, 25, 1600, 1024},
-                                    {"L4 C4096", 4, 32, 4096, 1024}};
-static const BenchModel TINY[] = {{"tiny", 2, 2, 128, 64}};
+static const BenchModel TINY[] = {{"tiny", 2, 2, 128, 64, 1}};
 static const char* const MODES[] = {"fp32", "bf16", "fp8"};
-enum { IN_BF16 = 1, IN_FP8 };
 static struct { const char* name; double ms[3]; } kernels[64];
 static int num_kernels;
 
@@ -38,18 +34,10 @@ static void add_profile(int mode) {
     }
 }
 
-static Config config_of(const BenchModel* b, int mode, int vocab) {
-    char name[] = "bench_gpu", *none[] = {name};
-    Config c;
-    config_parse(&c, 1, none, NULL);
-    c.layers = b->layers, c.heads = b->heads, c.width = b->width, c.seq = b->seq, c.vocab = vocab;
-    c.precision = mode, c.steps = 100, c.batch = 1, c.tau = default_tau(c.layers);
-    return c;
-}
-
 // Sets batch and accum, or recompute too if it has to be; 0: not even that fits.
 static int fit(Config* c, long step_tokens, int native) {
     Model m;
+    c->batch = 1;
     model_layout(&m, c);
     gpu.is_fp8 = c->precision == IN_FP8, gpu.native = native, gpu.type = CUDA_R_16BF;
     m.training = 1;
@@ -108,7 +96,7 @@ int main(int argc, char** argv) {
     const int tiny = argc > 1 && strcmp(argv[1], "tiny") == 0;
     const double until = seconds() + (argc > 1 && !tiny ? atof(argv[1]) : INFINITY);
     const BenchModel* models = tiny ? TINY : MODELS;
-    const int num_models = tiny ? 1 : (int)(sizeof MODELS / sizeof *MODELS);
+    const int num_models = tiny ? 1 : NUM_MODELS;
     const int vocab = tiny ? BYTES_VOCAB : GPT2_VOCAB;
     const long step_tokens = tiny ? 512 : 524288, n = tiny ? 128 : 8192, count = 1 << 21;
     static uint16_t text[1 << 21];

@@ -11,14 +11,11 @@ the algorithm needs of its pointers, in bytes; ours have 256, or what is written
 #endif
 #define US_NO_MAIN
 #include US_SOURCE
+#include "sizes.h"
 
-static const struct { const char* name; int layers, heads, width, seq, batch, vocab; } SIZES[] = {
-    {"124M", 12, 12, 768, 1024, 64, GPT2_VOCAB},   {"350M", 24, 16, 1024, 1024, 32, GPT2_VOCAB},
-    {"774M", 36, 20, 1280, 1024, 16, GPT2_VOCAB},  {"1.5B", 48, 25, 1600, 1024, 8, GPT2_VOCAB},
-    {"L4 C4096", 4, 32, 4096, 1024, 8, GPT2_VOCAB}, {"bytes", 4, 4, 128, 128, 8, BYTES_VOCAB},
-    {"N 70", 2, 2, 128, 70, 1, BYTES_VOCAB},        {"N 66, C 320", 1, 5, 320, 33, 2, BYTES_VOCAB},
-    {"N 17, C 208", 1, 13, 208, 17, 1, BYTES_VOCAB}};
-enum { NUM_SIZES = sizeof SIZES / sizeof *SIZES, MOST = 8 };
+static const BenchModel ODD[] = {{"bytes", 4, 4, 128, 128, 8},      {"N 70", 2, 2, 128, 70, 1},
+                                 {"N 66, C 320", 1, 5, 320, 33, 2}, {"N 17, C 208", 1, 13, 208, 17, 1}};
+enum { NUM_ODD = sizeof ODD / sizeof *ODD, MOST = 8 };
 typedef struct { int id; const char* name; } Name;
 #ifdef __CUDACC__
 static const Name TILES[] = {
@@ -34,10 +31,10 @@ static const char* named(const Name* names, uint32_t id) {
     while (names->id && names->id != (int)id) names++;
     return names->id ? names->name : form("%u", id);
 }
-static const char* where;  // size and precision
+static char where[64];  // size and precision
 static int refused, asked;
 
-static uint32_t config_of(const cublasLtMatmulAlgo_t* algo, cublasLtMatmulAlgoConfigAttributes_t what) {
+static uint32_t setting_of(const cublasLtMatmulAlgo_t* algo, cublasLtMatmulAlgoConfigAttributes_t what) {
     uint32_t value = 0;
     size_t written;
     LT(cublasLtMatmulAlgoConfigGetAttribute(algo, what, &value, sizeof value, &written));
@@ -77,10 +74,10 @@ static void ask(const char* name, const Shape* s) {
             cublasLtMatmulAlgoCheck(lt.handle, p.operation, p.b, p.a, p.out, p.out, algo, &checked);
         refused += check != CUBLAS_STATUS_SUCCESS;
         printf("%d | %s | %s | %u, %u | %u%s | %s |\n", n,
-               named(TILES, config_of(algo, CUBLASLT_ALGO_CONFIG_TILE_ID)),
-               named(STAGES, config_of(algo, CUBLASLT_ALGO_CONFIG_STAGES_ID)),
-               config_of(algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM),
-               config_of(algo, CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME), needs(algo),
+               named(TILES, setting_of(algo, CUBLASLT_ALGO_CONFIG_TILE_ID)),
+               named(STAGES, setting_of(algo, CUBLASLT_ALGO_CONFIG_STAGES_ID)),
+               setting_of(algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM),
+               setting_of(algo, CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME), needs(algo),
                s->align < 256 ? form(" (ours %d)", s->align) : "",
                check == CUBLAS_STATUS_SUCCESS ? form("ok, %.1f MB", (double)checked.workspaceSize * 1e-6)
                                               : form("**status %d**", (int)check));
@@ -90,14 +87,9 @@ static void ask(const char* name, const Shape* s) {
 }
 // The products of a block and of the head, as forward and backward ask for them. No array is ever read: all
 // begin at the same place, and only the padding of small ones is written there.
-static void ask_model(int size, int precision, void* memory) {
-    char program_name[] = "probe_gpu", *none[] = {program_name};
-    Config c;
+static void ask_model(const BenchModel* b, int mode, int vocab, void* memory) {
+    const Config c = config_of(b, mode, vocab);
     Model m;
-    config_parse(&c, 1, none, NULL);
-    c.layers = SIZES[size].layers, c.heads = SIZES[size].heads, c.width = SIZES[size].width;
-    c.seq = SIZES[size].seq, c.batch = SIZES[size].batch, c.vocab = SIZES[size].vocab;
-    c.precision = precision, c.tau = default_tau(c.layers);
     model_layout(&m, &c);
     m.training = 1;
     gpu.is_fp8 = m.precision->operand == E4M3, gpu.type = CUDA_R_16BF;
@@ -130,10 +122,12 @@ int main(void) {
            "proposals | tile | stages | split-K, scheme | align | AlgoCheck |\n"
            "|---|---|---|---|---|---|---|---|---|---|---|---|\n",
            card.name, sm, cublasLtGetVersion());
-    for (int size = 0; size < NUM_SIZES; size++)
-        for (int fp8 = 0; fp8 <= gpu.native; fp8++) {
-            where = copied(form("%s %s", SIZES[size].name, fp8 ? "fp8" : "bf16"));
-            ask_model(size, 1 + fp8, memory);
+    for (int i = 0; i < NUM_MODELS + NUM_ODD; i++)
+        for (int mode = IN_BF16; mode <= IN_BF16 + gpu.native; mode++) {
+            const int odd = i >= NUM_MODELS;
+            const BenchModel* b = odd ? &ODD[i - NUM_MODELS] : &MODELS[i];
+            snprintf(where, sizeof where, "%s %s", b->name, PRECISIONS[mode].name);
+            ask_model(b, mode, odd ? BYTES_VOCAB : GPT2_VOCAB, memory);
         }
     printf("\n%d products asked for, %d refused.\n", asked, refused);
     CUDA(cudaFree(memory));
