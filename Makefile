@@ -16,7 +16,7 @@ WIDE   := $(if $(filter x86_64,$(shell uname -m)),-mprefer-vector-width=512)
 # Two of -ffast-math's members that change no result here: nobody reads floating-point exceptions or errno.
 # The rest of it stays off: it would let NaN pass the tests.
 FLOATS := -fno-trapping-math -fno-math-errno -ffp-contract=fast
-WARN    = -Wall -Wextra -Wno-unknown-pragmas $(if $(findstring clang,$(CC)),-Wno-pass-failed) $(WERROR)
+WARN    = -Wall -Wextra -Wno-unknown-pragmas -Wno-missing-field-initializers $(if $(findstring clang,$(CC)),-Wno-pass-failed) $(WERROR)
 
 # OpenMP where it is there: gcc has it, clang may lack its library, Apple's clang finds it with Homebrew's libomp.
 BREW   := $(wildcard /opt/homebrew/opt/libomp /usr/local/opt/libomp)

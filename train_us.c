@@ -54,6 +54,9 @@ a format is narrower, the float holds a value which that format has.
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
+#ifdef __SSE2__
+#include <xmmintrin.h>
+#endif
 #ifdef _OPENMP
 #include <omp.h>
 static int max_threads(void) { return omp_in_parallel() ? 1 : omp_get_max_threads(); }
@@ -122,22 +125,25 @@ BOTH static inline float round_fp8(float x, Format format) {
     return bits_float(a > 0x7F800000u ? u : r);
 }
 
-// Code to value and back, for E4M3 and E5M2. The CPU computes with values only; a GPU stores the codes. A
-// format stores exponent e as e + bias (E4M3: 7, E5M2: 15, FP32: 127). So a code, shifted to its place in a
-// float, is the value times 2^(bias-127), subnormals included.
-BOTH static inline float fp8_scale(Format format, int sign) {  // 2^(sign * (127 - bias))
-    return bits_float((uint32_t)(127 + sign * (format == E4M3 ? 120 : 112)) << 23);
-}
+// Code to value and back, for E4M3 and E5M2. The CPU computes with values only; a GPU stores the codes: sign,
+// exponent e + bias (E4M3: 7, E5M2: 15, FP32: 127), m bits of mantissa. Exponent 0 is the subnormals', whose
+// value is the code times the least of them.
 BOTH __attribute__((unused)) static inline float fp8_decode(uint8_t code, Format format) {
-    const uint32_t a = code & 0x7Fu, bits = a << (format == E4M3 ? 20 : 21), sign = (uint32_t)code >> 7 << 31;
+    const int m = format == E4M3 ? 3 : 2, bias = format == E4M3 ? 7 : 15;
+    const uint32_t a = code & 0x7Fu, sign = (uint32_t)code >> 7 << 31;
+    const float least = bits_float((uint32_t)(127 + 1 - bias - m) << 23);
     if (a >= (format == E4M3 ? 0x7Fu : 0x7Du)) return NAN;
-    uint32_t finite = float_bits(bits_float(bits) * fp8_scale(format, 1));
-    return bits_float(sign | (format == E5M2 && a == 0x7C ? 0x7F800000u : finite));
+    if (format == E5M2 && a == 0x7C) return bits_float(sign | 0x7F800000u);
+    return bits_float(sign | (a >> m ? (a << (23 - m)) + ((uint32_t)(127 - bias) << 23)
+                                     : float_bits((float)a * least)));
 }
 BOTH __attribute__((unused)) static uint8_t fp8_encode(float x, Format format) {
+    const int m = format == E4M3 ? 3 : 2, bias = format == E4M3 ? 7 : 15;
+    const float a = fabsf(round_fp8(x, format)), least = bits_float((uint32_t)(127 + 1 - bias - m) << 23);
     if (isnan(x)) return 0x7F;
-    uint32_t bits = float_bits(fabsf(round_fp8(x, format)) * fp8_scale(format, -1));
-    return (uint8_t)(bits >> (format == E4M3 ? 20 : 21) | (float_bits(x) >> 24 & 0x80u));
+    const uint32_t normal = (float_bits(a) - ((uint32_t)(127 - bias) << 23)) >> (23 - m);
+    const uint32_t code = a < (float)(1 << m) * least ? (uint32_t)(a / least) : normal;
+    return (uint8_t)(code | (float_bits(x) >> 24 & 0x80u));
 }
 
 // One value as `format` stores it. An FP8 value is always rounded from the BF16 value (OURS), so that it can
@@ -153,10 +159,10 @@ static inline void round_all(float* x, long n, Format format) {
     if (format == E5M2) for (long i = 0; i < n; i++) x[i] = round_to(x[i], E5M2);
 }
 
-// The precision modes: what flows between operations, hidden inputs and weights, hidden output gradients.
-typedef struct { const char* name; Format stream, operand, gradient; } Precision;
-static const Precision PRECISIONS[] = {
-    {"fp32", FP32, FP32, FP32}, {"bf16", BF16, BF16, BF16}, {"fp8", BF16, E4M3, E5M2}};
+// The precision modes: what flows between operations; input, weight, output gradient of a hidden matmul.
+typedef struct { const char* name; Format stream, input, weight, gradient; } Precision;
+static const Precision PRECISIONS[] = {{"fp32", FP32, FP32, FP32, FP32}, {"bf16", BF16, BF16, BF16, BF16},
+                                       {"fp8", BF16, E4M3, E4M3, E5M2}};
 
 // ---- Matmul --------------------------------------------------------------------------------------------
 // Nearly all of the work is out(i,j) = alpha * sum over k of a(i,k) b(j,k), for i < M, j < N, k < K, added to
@@ -196,13 +202,13 @@ static void matmul(float* out, long ld, Operand a, Operand b, long M, long N, lo
 // any: Lion takes its sign, AdamW divides it by its own size.
 static void linear_forward(float* y, const float* x, const float* w,    // (N,O), (N,I), (O,I)
                            float alpha, const Precision* p, long N, long I, long O) {
-    matmul(y, O, view(x, I, 1, p->operand), view(w, I, 1, p->operand), N, O, I, alpha, 0, p->stream);
+    matmul(y, O, view(x, I, 1, p->input), view(w, I, 1, p->weight), N, O, I, alpha, 0, p->stream);
 }
 static void linear_backward(float* dx, float* dw,                                    // (N,I), (O,I)
                             const float* dy, const float* x, const float* w,         // (N,O), (N,I), (O,I)
                             float alpha, const Precision* p, long N, long I, long O) {
-    matmul(dx, I, view(dy, O, 1, p->gradient), view(w, 1, I, p->operand), N, I, O, alpha, 0, p->stream);
-    matmul(dw, I, view(dy, 1, O, p->gradient), view(x, 1, I, p->operand), O, I, N, alpha, 1, FP32);
+    matmul(dx, I, view(dy, O, 1, p->gradient), view(w, 1, I, p->weight), N, I, O, alpha, 0, p->stream);
+    matmul(dw, I, view(dy, 1, O, p->gradient), view(x, 1, I, p->input), O, I, N, alpha, 1, FP32);
 }
 
 // out = a x + b y: the residual sum where LayerNorm does not do it, which is forward with pre-LayerNorm and
@@ -242,8 +248,8 @@ static void layernorm_forward(float* out, float* mean, float* rstd,             
 }
 
 // With d = b dout, the gradient at LN's output, xh = (x - mean) rstd and dh = d gain: dgain = sum of d xh,
-// dbias = sum of d, and dx = rstd (dh - mean(dh) - xh mean(dh xh)). Where LayerNorm reads the stream (sp),
-// its own gradient is added: dx = a dskip + that.
+// dbias = sum of d, and dx = rstd (dh - mean(dh) - xh mean(dh xh)). Where LayerNorm reads the stream (as in
+// sp), its own gradient is added: dx = a dskip + that.
 static void layernorm_backward(float* dx, float* dgain, float* dbias,                      // (N,C), (C), (C)
                                const float* dout, const float* x, const float* mean, const float* rstd,
                                const float* gain, const float* dskip, float a, float b, long N, long C,
@@ -316,28 +322,30 @@ BOTH static inline float activation_slope(float x, Activation kind) {
     float inner = kind == GELU ? 1.5957691216f * (1.0f + 0.134145f * x * x) : 1.0f;
     return s + x * s * (1.0f - s) * inner;
 }
-// In chunks, and with the kind known in each loop, so that every loop vectorizes.
-static void activation_forward(float* g, const float* h, Activation kind, long n, Format format) {   // (N,4C)
+// g = out activation(in h); in µS both are 1. In chunks, and with the kind known in each loop, so that every
+// loop vectorizes.
+static void activation_forward(float* g, const float* h, Activation kind, float in, float out, long n,
+                               Format format) {                                                      // (N,4C)
     #pragma omp parallel for schedule(static)
     for (long i0 = 0; i0 < n; i0 += 4096) {
         long i1 = min_l(n, i0 + 4096);
-        if (kind == GELU) for (long i = i0; i < i1; i++) g[i] = activate(h[i], GELU);
-        if (kind == RELU) for (long i = i0; i < i1; i++) g[i] = activate(h[i], RELU);
-        if (kind == SILU) for (long i = i0; i < i1; i++) g[i] = activate(h[i], SILU);
+        if (kind == GELU) for (long i = i0; i < i1; i++) g[i] = out * activate(in * h[i], GELU);
+        if (kind == RELU) for (long i = i0; i < i1; i++) g[i] = out * activate(in * h[i], RELU);
+        if (kind == SILU) for (long i = i0; i < i1; i++) g[i] = out * activate(in * h[i], SILU);
         round_all(g + i0, i1 - i0, format);
     }
 }
 static void activation_backward(float* dh, const float* dg, const float* h, Activation kind,     // (N,4C)
-                                long n, Format format) {
+                                float in, float out, long n, Format format) {
     #pragma omp parallel for schedule(static)
     for (long i0 = 0; i0 < n; i0 += 4096) {
         long i1 = min_l(n, i0 + 4096);
         float slope[4096];  // dh may be dg
-        if (kind == GELU) for (long i = i0; i < i1; i++) slope[i - i0] = activation_slope(h[i], GELU);
-        if (kind == RELU) for (long i = i0; i < i1; i++) slope[i - i0] = activation_slope(h[i], RELU);
-        if (kind == SILU) for (long i = i0; i < i1; i++) slope[i - i0] = activation_slope(h[i], SILU);
+        if (kind == GELU) for (long i = i0; i < i1; i++) slope[i - i0] = activation_slope(in * h[i], GELU);
+        if (kind == RELU) for (long i = i0; i < i1; i++) slope[i - i0] = activation_slope(in * h[i], RELU);
+        if (kind == SILU) for (long i = i0; i < i1; i++) slope[i - i0] = activation_slope(in * h[i], SILU);
         #pragma omp simd
-        for (long i = i0; i < i1; i++) dh[i] = dg[i] * slope[i - i0];
+        for (long i = i0; i < i1; i++) dh[i] = dg[i] * (out * in * slope[i - i0]);
         round_all(dh + i0, i1 - i0, format);
     }
 }
@@ -346,10 +354,10 @@ static void activation_backward(float* dh, const float* dg, const float* h, Acti
 // stored. Backward computes the same probabilities again with the same function.
 enum { QUERIES = 64 };
 
-// P[i][j] = softmax over j <= t0+i of q_i k_j / sqrt(D), zero for later j; rows i < n, columns j < t0+n.
-static void attention_weights(float* P, const float* q, const float* k, long row, long t0, long n, long D) {
+// P[i][j] = softmax over j <= t0+i of scale q_i k_j, zero for later j; rows i < n, columns j < t0+n.
+static void attention_weights(float* P, const float* q, const float* k, float scale, long row, long t0,
+                              long n, long D) {
     long keys = t0 + n;
-    float scale = 1.0f / sqrtf((float)D);
     matmul(P, keys, view(q, row, 1, FP32), view(k, row, 1, FP32), n, keys, D, scale, 0, FP32);
     for (long i = 0; i < n; i++) {
         float *p = P + i * keys, max = p[0], sum = 0.0f;
@@ -363,8 +371,9 @@ static void attention_weights(float* P, const float* q, const float* k, long row
     }
 }
 
-// y = softmax(Q K^T / sqrt(D)) V for positions t0..T-1; a row of qkv is all heads' Q, then K, then V.
-static void attention_forward(float* y, const float* qkv,               // (B,T,C), (B,T,3C)
+// y = factor softmax(scale Q K^T) V for positions t0..T-1; a row of qkv is all heads' Q, then K, then V. In
+// µS scale is 1/sqrt(D) and factor 1.
+static void attention_forward(float* y, const float* qkv, float scale, float factor,  // (B,T,C), (B,T,3C)
                               long B, long t0, long T, long C, long H, Format format) {
     const long D = C / H, row = 3 * C;
     #pragma omp parallel for schedule(dynamic, 1)
@@ -373,16 +382,16 @@ static void attention_forward(float* y, const float* qkv,               // (B,T,
         float* P = scratch(SCRATCH_P, QUERIES * T);
         for (long t = t0; t < T; t += QUERIES) {
             long n = min_l(QUERIES, T - t);
-            attention_weights(P, q + t * row, k, row, t, n, D);
+            attention_weights(P, q + t * row, k, scale, row, t, n, D);
             float* yt = y + (bh / H * T + t) * C + bh % H * D;
-            matmul(yt, C, view(P, t + n, 1, FP32), view(v, 1, row, FP32), n, D, t + n, 1.0f, 0, format);
+            matmul(yt, C, view(P, t + n, 1, FP32), view(v, 1, row, FP32), n, D, t + n, factor, 0, format);
         }
     }
 }
 
-// dV = P^T dY; dP = dY V^T; dS = P (dP - rowsum(P dP)) / sqrt(D); dQ = dS K; dK = dS^T Q.
+// dV = factor P^T dY; dP = factor dY V^T; dS = scale P (dP - rowsum(P dP)); dQ = dS K; dK = dS^T Q.
 static void attention_backward(float* dqkv, const float* dy, const float* qkv,  // (B,T,3C), (B,T,C), (B,T,3C)
-                               long B, long T, long C, long H, Format format) {
+                               float scale, float factor, long B, long T, long C, long H, Format format) {
     const long D = C / H, row = 3 * C;
     #pragma omp parallel for schedule(dynamic, 1)
     for (long bh = 0; bh < B * H; bh++) {
@@ -395,11 +404,11 @@ static void attention_backward(float* dqkv, const float* dy, const float* qkv,  
             float* dqt = dq + t * row;
             int add = keys < T;  // the last rows come first, see all keys and write; the others add
             const float *qt = q + t * row, *dyt = dy + (bh / H * T + t) * C + bh % H * D;
-            attention_weights(P, qt, k, row, t, n, D);
-            matmul(dv, row, view(P, 1, keys, FP32), view(dyt, 1, C, FP32), keys, D, n, 1.0f, add, FP32);
-            matmul(dP, keys, view(dyt, C, 1, FP32), view(v, row, 1, FP32), n, keys, D, 1.0f, 0, FP32);
+            attention_weights(P, qt, k, scale, row, t, n, D);
+            matmul(dv, row, view(P, 1, keys, FP32), view(dyt, 1, C, FP32), keys, D, n, factor, add, FP32);
+            matmul(dP, keys, view(dyt, C, 1, FP32), view(v, row, 1, FP32), n, keys, D, factor, 0, FP32);
             for (long i = 0; i < n; i++) {
-                float *p = P + i * keys, *dp = dP + i * keys, dot = 0.0f, scale = 1.0f / sqrtf((float)D);
+                float *p = P + i * keys, *dp = dP + i * keys, dot = 0.0f;
                 #pragma omp simd reduction(+ : dot)
                 for (long j = 0; j < keys; j++) dot += p[j] * dp[j];
                 for (long j = 0; j < keys; j++) dp[j] = p[j] * (dp[j] - dot) * scale;
@@ -437,10 +446,10 @@ static void embedding_backward(float* dwte, float* dwpe, const float* dx, const 
 // Cross-entropy of each row; with want_gradient, the logits become their gradient, scale (softmax - onehot),
 // in place. Padded columns V..Vp-1 take no part.
 //   Every gradient is S times the true one (OURS). Left out: 1/R here, R = N accum being the rows of a step
-// (scale is 1), and the head's alpha, 1/C (sp: 1), in model_backward: S = R C (sp: R), 131,072 for R = 1024,
-// C = 128. The true gradients at the hidden linears nearly all lie under half of E5M2's least number, 2^-16:
-// they would be flushed to zero. Two places know of S: rates(), for AdamW's epsilon, and gradient_norm(). A
-// test sets scale to 1/S and shows the flushing.
+// (scale is 1), and the head's alpha, 1/C, in model_backward: S = R C, 131,072 for R = 1024, C = 128. The
+// true gradients at the hidden linears nearly all lie under half of E5M2's least number, 2^-16: they would be
+// flushed to zero, as --grad-scale 1 shows (scale is 1/S then). Two places know of S: rates(), for AdamW's
+// epsilon, and gradient_norm().
 static void loss_forward_backward(float* losses, float* logits, const int* targets,     // (N), (N,Vp), (N)
                                   int want_gradient, float scale, long N, long V, long Vp, Format format) {
     #pragma omp parallel for schedule(static)
@@ -459,41 +468,64 @@ static void loss_forward_backward(float* losses, float* logits, const int* targe
 }
 
 // ---- The scheme ----------------------------------------------------------------------------------------
-// A scheme is data: all that tells µS from the standard parametrization, and nothing else does.
+// A scheme is data: all that tells µS from other ways to parametrize the same model, and nothing else does.
+// What a row does not name is 0.
+typedef enum { SUM, TAU, MEAN, DEPTH, UNIT } ResidualRule;
+typedef enum { ABSOLUTE, RATES_RELATIVE, ALL_RELATIVE } Relative;
 typedef struct {
     const char* name;
-    int norm_last;          // LayerNorm ends a branch (Res-Post-LayerNorm) or begins it (pre-LayerNorm)
-    int use_tau;            // x = sqrt(1-tau) x + sqrt(tau) branch, or x + branch
-    float embedding_scale;  // x0 = embedding_scale (wte + wpe)
-    float hidden_power;     // multiplier alpha of a hidden linear = fan_in^hidden_power
-    float head_power;       // alpha of the head = C^head_power
-    float init_std;         // of every matrix and both embeddings
-    float residual_power;   // `out` and `down` start at init_std (2L)^residual_power
-    float lr_power;         // hidden matrices learn at lr (C/d_base)^lr_power
+    int norm_last;             // LayerNorm ends a branch (Res-Post-LayerNorm) or begins it (pre-LayerNorm)
+    int norm_learns;           // or its gains stay 1 and its biases 0
+    ResidualRule residual;     // how a branch joins the stream: see residual()
+    float embedding_scale;     // x0 = embedding_scale (wte + wpe)
+    float hidden_power;        // multiplier alpha of a hidden linear = fan_in^hidden_power
+    float softmax_power;       // attention's scores are multiplied by D^softmax_power, D = C/H
+    int unit_ops;              // outputs of attention and activation have factors: attention_factor()
+    Relative relative;         // C, fan_in, L below: as they are, or over those of a base shape
+    float head_power;          // alpha of the head = C^head_power
+    float init_std;            // of every matrix and both embeddings; of hidden matrices times
+    float init_power;          //   C^init_power, and of `out` and `down` also times
+    float residual_power;      //   (2L)^residual_power (of the base shape if all is relative)
+    float lr_power;            // hidden matrices learn at lr fan_in^lr_power
+    float lr_depth_power;      //   L^lr_depth_power,
+    float embedding_lr_power;  // embeddings at lr C^embedding_lr_power, head and LayerNorm at lr
+    int true_epsilon;          // AdamW's epsilon stands against the true gradient, not S times it
+    Format end_input, gradient;              // in fp8, of: inputs of `out` and `down`; output gradients
+    float lr_bytes[2], lr_tokens[2], decay;  // what auto is, with Lion and AdamW: tables in README
 } Scheme;
 static const Scheme SCHEMES[] = {
-    {   // µS
-        .name = "us",
-        .norm_last = 1,                  // [µS] eq. 11, fig. 4a
-        .use_tau = 1,                    // [µS] eq. 11
-        .embedding_scale = 0.70710678f,  // 1/sqrt(2), OURS: two embeddings of variance 1 add up to variance 1
-        .hidden_power = -0.5f,           // 1/sqrt(fan_in): [µS] table 2
-        .head_power = -1.0f,             // 1/fan_in: [µS] table 2
-        .init_std = 1.0f,                // N(0,1): [µS] table 2
-        .residual_power = 0.0f,
-        .lr_power = -0.5f,               // lr sqrt(d_base/C): [µS] table 2
-    },
+    {   // µS: [µS] table 2; eq. 11 and fig. 4a. OURS: 1/sqrt(2), as two rows of variance 1 add up to one of
+        // 1; and epsilon: the true gradient of a rare token is smaller than 1e-8.
+        .name = "us", .norm_last = 1, .norm_learns = 1, .residual = TAU, .embedding_scale = 0.70710678f,
+        .hidden_power = -0.5f, .softmax_power = -0.5f, .relative = RATES_RELATIVE, .head_power = -1,
+        .init_std = 1, .lr_power = -0.5f, .end_input = E4M3, .gradient = E5M2,
+        .lr_bytes = {0.02f, 0.02f}, .lr_tokens = {0.08f, 0.16f}, .decay = 1e-3f},
     {   // The baseline: GPT-2's standard parametrization (Radford et al. 2019), untied, no biases in linears.
-        .name = "sp",
-        .norm_last = 0,
-        .use_tau = 0,
-        .embedding_scale = 1.0f,
-        .hidden_power = 0.0f,
-        .head_power = 0.0f,
-        .init_std = 0.02f,               // in place of alpha: right at one width
-        .residual_power = -0.5f,         // 1/sqrt(2L), for 2L branches add up
-        .lr_power = 0.0f,                // one rate for all
-    },
+        // 0.02 in place of alpha is right at one width; 1/sqrt(2L), for 2L branches add up.
+        .name = "sp", .norm_learns = 1, .residual = SUM, .embedding_scale = 1, .softmax_power = -0.5f,
+        .init_std = 0.02f, .residual_power = -0.5f, .true_epsilon = 1, .end_input = E4M3, .gradient = E5M2,
+        .lr_bytes = {3e-4f, 2e-3f}, .lr_tokens = {5e-4f, 2e-3f}, .decay = 1e-4f},
+    {   // µP (Yang et al. 2022, arXiv 2203.03466) as in [u-µP] tables 1, 3: at a base shape it is sp, but
+        // that LayerNorm does not learn ([u-µP] app. C); elsewhere its rules go by the ratio to that shape.
+        .name = "mup", .residual = DEPTH, .embedding_scale = 1, .softmax_power = -0.5f,
+        .relative = ALL_RELATIVE, .head_power = -1, .init_std = 0.02f, .init_power = -0.5f,
+        .residual_power = -0.5f, .lr_power = -1, .lr_depth_power = -0.5f, .true_epsilon = 1,
+        .end_input = E4M3, .gradient = E5M2,
+        .lr_bytes = {3e-4f, 2e-3f}, .lr_tokens = {5e-4f, 2e-3f}, .decay = 1e-4f},
+    {   // u-µP: [u-µP] tables 1, 3, app. B; formats as in its 4.3. No base shape.
+        .name = "umup", .residual = UNIT, .embedding_scale = 0.70710678f, .hidden_power = -0.5f,
+        .softmax_power = -1, .unit_ops = 1, .head_power = -1, .init_std = 1, .lr_power = -0.5f,
+        .lr_depth_power = -0.5f, .embedding_lr_power = -0.5f, .end_input = E5M2, .gradient = E4M3,
+        .lr_bytes = {0.5f, 0.5f}, .lr_tokens = {0.5f, 0.5f}, .decay = 1e-3f},
+    // What [µS] fig. 4 and 9 compare us with: pre-LayerNorm; a stream that is the mean of all so far.
+    {   .name = "us-pre", .norm_learns = 1, .residual = TAU, .embedding_scale = 0.70710678f,
+        .hidden_power = -0.5f, .softmax_power = -0.5f, .relative = RATES_RELATIVE, .head_power = -1,
+        .init_std = 1, .lr_power = -0.5f, .end_input = E4M3, .gradient = E5M2,
+        .lr_bytes = {0.02f, 0.02f}, .lr_tokens = {0.08f, 0.16f}, .decay = 1e-3f},
+    {   .name = "us-mean", .norm_last = 1, .norm_learns = 1, .residual = MEAN, .embedding_scale = 0.70710678f,
+        .hidden_power = -0.5f, .softmax_power = -0.5f, .relative = RATES_RELATIVE, .head_power = -1,
+        .init_std = 1, .lr_power = -0.5f, .end_input = E4M3, .gradient = E5M2,
+        .lr_bytes = {0.02f, 0.02f}, .lr_tokens = {0.08f, 0.16f}, .decay = 1e-3f},
 };
 
 // tau, the share of a branch in the stream's variance, depends on depth only ([µS] 3.1, fig. 5, 9). The
@@ -507,7 +539,8 @@ typedef struct {
     int scheme, layers, width, heads, seq, activation, batch, accum, steps, optimizer, warmup, base_width;
     int precision, recompute, eval_every, eval_tokens, sample_every, stats_every, save_every, keep, resume;
     int new_data, tokens, top_k, help;
-    float tau, lr, decay, temperature;
+    float tau, alpha_res, alpha_res_attn_ratio, alpha_attn, alpha_act, alpha_out;
+    float lr, emb_lr, head_lr, norm_lr, decay, base_layers, grad_scale, temperature;
     uint64_t seed;
     int vocab;               // V: 256 for bytes, 50257 for GPT-2's tokens; the data tells
     uint64_t data, val_data;  // which data that is: see tokens_hash
@@ -524,31 +557,33 @@ static long dim_of(const Config* c, Dim d) {
 enum { QKV, OUT, UP, DOWN, LN1_GAIN, LN1_BIAS, LN2_GAIN, LN2_BIAS,  // in every block
        WTE, WPE, LNF_GAIN, LNF_BIAS, HEAD,                          // once
        TENSOR_KINDS, BLOCK_TENSORS = WTE };
-typedef enum { INIT_NORMAL, INIT_RESIDUAL, INIT_ONE, INIT_ZERO } Init;
-// hidden: FP8 operands in its matmul, and the width's learning rate. decays: OURS, gains and biases do not.
-typedef struct { const char* name; Dim rows, fan_in; int hidden, decays; Init init; } TensorKind;
+typedef enum { BEGINS, ENDS, EMBEDS, LOGITS, GAIN, BIAS } Use;  // BEGINS, ENDS a branch: hidden matrices
+typedef struct { const char* name; Dim rows, fan_in; Use use; } TensorKind;
 static const TensorKind TENSORS[TENSOR_KINDS] = {
-    {.name = "qkv", .rows = DIM_3C, .fan_in = DIM_C, .hidden = 1, .decays = 1, .init = INIT_NORMAL},
-    {.name = "out", .rows = DIM_C, .fan_in = DIM_C, .hidden = 1, .decays = 1, .init = INIT_RESIDUAL},
-    {.name = "up", .rows = DIM_4C, .fan_in = DIM_C, .hidden = 1, .decays = 1, .init = INIT_NORMAL},
-    {.name = "down", .rows = DIM_C, .fan_in = DIM_4C, .hidden = 1, .decays = 1, .init = INIT_RESIDUAL},
-    {.name = "ln1.gain", .rows = DIM_1, .fan_in = DIM_C, .hidden = 0, .decays = 0, .init = INIT_ONE},
-    {.name = "ln1.bias", .rows = DIM_1, .fan_in = DIM_C, .hidden = 0, .decays = 0, .init = INIT_ZERO},
-    {.name = "ln2.gain", .rows = DIM_1, .fan_in = DIM_C, .hidden = 0, .decays = 0, .init = INIT_ONE},
-    {.name = "ln2.bias", .rows = DIM_1, .fan_in = DIM_C, .hidden = 0, .decays = 0, .init = INIT_ZERO},
-    {.name = "wte", .rows = DIM_VP, .fan_in = DIM_C, .hidden = 0, .decays = 1, .init = INIT_NORMAL},
-    {.name = "wpe", .rows = DIM_T, .fan_in = DIM_C, .hidden = 0, .decays = 1, .init = INIT_NORMAL},
-    {.name = "lnf.gain", .rows = DIM_1, .fan_in = DIM_C, .hidden = 0, .decays = 0, .init = INIT_ONE},
-    {.name = "lnf.bias", .rows = DIM_1, .fan_in = DIM_C, .hidden = 0, .decays = 0, .init = INIT_ZERO},
-    {.name = "head", .rows = DIM_VP, .fan_in = DIM_C, .hidden = 0, .decays = 1, .init = INIT_NORMAL},
+    {.name = "qkv", .rows = DIM_3C, .fan_in = DIM_C, .use = BEGINS},
+    {.name = "out", .rows = DIM_C, .fan_in = DIM_C, .use = ENDS},
+    {.name = "up", .rows = DIM_4C, .fan_in = DIM_C, .use = BEGINS},
+    {.name = "down", .rows = DIM_C, .fan_in = DIM_4C, .use = ENDS},
+    {.name = "ln1.gain", .rows = DIM_1, .fan_in = DIM_C, .use = GAIN},
+    {.name = "ln1.bias", .rows = DIM_1, .fan_in = DIM_C, .use = BIAS},
+    {.name = "ln2.gain", .rows = DIM_1, .fan_in = DIM_C, .use = GAIN},
+    {.name = "ln2.bias", .rows = DIM_1, .fan_in = DIM_C, .use = BIAS},
+    {.name = "wte", .rows = DIM_VP, .fan_in = DIM_C, .use = EMBEDS},
+    {.name = "wpe", .rows = DIM_T, .fan_in = DIM_C, .use = EMBEDS},
+    {.name = "lnf.gain", .rows = DIM_1, .fan_in = DIM_C, .use = GAIN},
+    {.name = "lnf.bias", .rows = DIM_1, .fan_in = DIM_C, .use = BIAS},
+    {.name = "head", .rows = DIM_VP, .fan_in = DIM_C, .use = LOGITS},
 };
 typedef struct {
     char name[32];            // as in a checkpoint: h.0.qkv
-    const TensorKind* kind;
+    Use use;
     long rows, cols, offset;  // a vector has 1 row; the offset in parameters, gradients, moments
     float alpha, lr_factor;   // multiplier of its matmul; its learning rate over --lr
-    Format operand;           // what its matmul reads it as
+    double grad_scale;        // its gradient is so many times the true one
+    Precision precision;      // of its matmul
 } Tensor;
+static int is_hidden(const Tensor* t) { return t->use <= ENDS; }  // FP8, and the width's learning rate
+static int decays(const Tensor* t) { return t->use <= LOGITS; }   // OURS: gains and biases do not
 
 // The table of buffers: what forward keeps for backward, then gradients, which all blocks use in turn.
 enum { A_NORM1, A_QKV, A_Y, A_OUT, A_MEAN1, A_RSTD1, A_MID,   // in every block
@@ -572,13 +607,13 @@ typedef struct { char name[32]; Stat stat[3]; } StatRow;  // a matmul's input, w
 typedef struct {
     Config c;
     const Scheme* scheme;
-    const Precision *precision, *head_precision;  // number formats of stream and hidden linears, of the head
+    const Precision* precision;
     Tensor* tensors;                     // of block 0, 1, ...; then those that are there once
     int num_tensors;
     long num_params, rows, vp;           // floats in all; N = B*T of one batch; padded vocabulary
-    float skip_coef, branch_coef;        // a sum of the stream and a branch: sqrt(1-tau), sqrt(tau); sp: 1, 1
+    float softmax_scale, attention_factor, act_in, act_out;  // see attention_forward, activation_forward
     double grad_scale;                   // S: gradients are S times the true ones
-    float loss_scale;                    // 1; tests turn S off with it
+    float loss_scale;                    // 1; --grad-scale turns S off with it
     int training;                        // or else only to run forward
     float *params, *grads, *m, *v;       // (num_params) each, on the host; v with AdamW only
     float* buffers[BUFFERS];             // (L,N,width) or (N,width)
@@ -610,45 +645,96 @@ static double buffer_size(const Model* m, int kind) {
     return width * (double)m->rows * kept(m, kind);
 }
 
+// Branch i = 0 .. 2L-1 (even: attention, odd: mlp) joins the stream as x = skip x + branch f: squares that
+// add up to 1 keep variance 1, and tau is the branch's share of it.
+typedef struct { float skip, branch; } Residual;
+static Residual residual(const Model* m, int i) {
+    const Config* c = &m->c;
+    const ResidualRule rule = m->scheme->residual;
+    const float L = (float)c->layers, ratio2 = powf(c->alpha_res_attn_ratio, 2);
+    // [u-µP] eq. 3-9 give each mlp this weight, and each attention, against L of the embedding:
+    const float mlp = 2 * powf(c->alpha_res, 2) / (ratio2 + 1), attention = ratio2 * mlp;
+    const float own = i % 2 ? mlp : attention;
+    const float before = L + (float)(i / 2) * (attention + mlp) + (float)(i % 2) * attention;
+    const float tau = rule == TAU ? c->tau               // [µS] eq. 11
+                    : rule == MEAN ? 1 / (float)(i + 2)  // [µS] fig. 9: all so far weigh the same
+                    : own / (before + own);              // UNIT: where all alphas are 1, 1/(L + i + 1)
+    const Residual sum = {1, rule == DEPTH ? sqrtf(c->base_layers / L) : 1};  // [u-µP] table 1; GPT-2
+    const Residual shares = {sqrtf(1.0f - tau), sqrtf(tau)};
+    return rule == SUM || rule == DEPTH ? sum : shares;
+}
+// u-µP's factors to unit scale ([u-µP] table 3, constants of its library): of attention, which takes a mean
+// of T values, and of the activation, by its deviation for N(0,1); each between its limits in alpha.
+static float between(float share, double first, double second) {
+    return (float)exp(share * log(first) + (1 - share) * log(second));
+}
+static float attention_factor(float D, float T, float alpha) {
+    return between(1 / (1 + 4 * D / (alpha * alpha)), 1, T > 1 ? sqrt(T / log(T)) : 1);
+}
+static float activation_factor(Activation kind, float alpha) {
+    const double relu = sqrt(2 / (1 - 1 / 3.14159265358979));
+    return kind == RELU ? (float)relu : between(1 / (1 + 0.25f / (alpha * alpha)), relu, 2);
+}
+
 // Lays out a model for the settings c, with nothing allocated but its table.
 static void model_layout(Model* m, const Config* c) {
+    const Scheme* s = &SCHEMES[c->scheme];
+    const int relative = s->relative == ALL_RELATIVE, fp8 = PRECISIONS[c->precision].weight == E4M3;
+    const float width = (float)c->width, D = width / (float)c->heads, r = width / (float)c->base_width;
+    const float C = relative ? r : width, L = (float)c->layers / (relative ? c->base_layers : 1);
     memset(m, 0, sizeof *m);
     m->c = *c;
-    m->scheme = &SCHEMES[c->scheme];
+    m->scheme = s;
     m->precision = &PRECISIONS[c->precision];
-    m->head_precision = m->precision->stream == FP32 ? &PRECISIONS[0] : &PRECISIONS[1];  // never FP8: [µS] 3
-    m->skip_coef = m->scheme->use_tau ? sqrtf(1.0f - c->tau) : 1.0f;
-    m->branch_coef = m->scheme->use_tau ? sqrtf(c->tau) : 1.0f;
+    m->softmax_scale = c->alpha_attn / powf(D, -s->softmax_power);
+    m->attention_factor = s->unit_ops ? attention_factor(D, (float)c->seq, c->alpha_attn) : 1;
+    m->act_in = c->alpha_act;
+    m->act_out = s->unit_ops ? activation_factor((Activation)c->activation, c->alpha_act) / c->alpha_act : 1;
     m->rows = (long)c->batch * c->seq;
     m->vp = dim_of(c, DIM_VP);
+    // S, see loss_forward_backward: the mean over a step's rows and the head's alpha are left out.
+    m->grad_scale = (double)m->rows * c->accum * pow((double)C, -s->head_power) / c->alpha_out;
+    m->loss_scale = c->grad_scale > 0 ? (float)(c->grad_scale / m->grad_scale) : 1.0f;
+    if (c->grad_scale > 0) m->grad_scale = c->grad_scale;
     m->num_tensors = c->layers * BLOCK_TENSORS + TENSOR_KINDS - BLOCK_TENSORS;
     m->tensors = (Tensor*)alloc(sizeof(Tensor) * (double)m->num_tensors);
     for (int i = 0; i < m->num_tensors; i++) {
         const int l = i / BLOCK_TENSORS, in_block = l < c->layers;
+        const int kind = in_block ? i % BLOCK_TENSORS : i - (c->layers - 1) * BLOCK_TENSORS;
+        const TensorKind* k = &TENSORS[kind];
         Tensor* t = &m->tensors[i];
-        const TensorKind* k = t->kind = &TENSORS[in_block ? i % BLOCK_TENSORS
-                                                          : i - (c->layers - 1) * BLOCK_TENSORS];
         snprintf(t->name, sizeof t->name, "%s%s", in_block ? form("h.%d.", l) : "", k->name);
+        t->use = k->use;
         t->rows = dim_of(c, k->rows);
         t->cols = dim_of(c, k->fan_in);
         t->offset = m->num_params;
         m->num_params += div_up(t->rows * t->cols, 256) * 256;  // every copy begins on a cache line
-        float power = k->hidden ? m->scheme->hidden_power : k == &TENSORS[HEAD] ? m->scheme->head_power : 0;
-        t->alpha = powf((float)t->cols, power);
-        t->lr_factor = powf((float)c->width / (float)c->base_width, k->hidden ? m->scheme->lr_power : 0);
-        t->operand = k->hidden ? m->precision->operand : k->rows == DIM_1 ? FP32 : m->head_precision->operand;
+        t->alpha = is_hidden(t) ? powf((float)t->cols, s->hidden_power)
+                 : t->use == LOGITS ? c->alpha_out * powf(C, s->head_power) : 1;
+        const float fan_in = s->relative ? r : (float)t->cols;  // that of `down` is 4C of 4 d_base
+        t->lr_factor = is_hidden(t) ? powf(fan_in, s->lr_power) * powf(L, s->lr_depth_power)
+                     : t->use == EMBEDS ? c->emb_lr * powf(C, s->embedding_lr_power)
+                     : t->use == LOGITS ? c->head_lr : s->norm_learns ? c->norm_lr : 0;
+        // Where LayerNorm begins a branch, the branch's coefficient is multiplied where its gradient joins
+        // the stream's, and not where it leaves it: many blocks make it small ([u-µP] app. B).
+        const float later = is_hidden(t) && !s->norm_last ? residual(m, 2 * l + (kind >= UP)).branch : 1;
+        t->grad_scale = m->grad_scale / later;
+        t->precision = PRECISIONS[is_hidden(t) ? c->precision : decays(t) ? min_l(c->precision, 1) : 0];
+        if (is_hidden(t) && fp8) t->precision.gradient = s->gradient;
+        if (t->use == ENDS && fp8) t->precision.input = s->end_input;
     }
-    // S, see loss_forward_backward: the mean over a step's rows and the head's alpha are left out.
-    m->grad_scale = (double)m->rows * c->accum * pow(c->width, -m->scheme->head_power);
-    m->loss_scale = 1.0f;
 }
 
 static void tensor_init(float* w, const Model* m, const Tensor* t) {
-    float std = m->scheme->init_std;
-    if (t->kind->init == INIT_RESIDUAL) std *= powf(2.0f * (float)m->c.layers, m->scheme->residual_power);
-    if (t->kind->init <= INIT_RESIDUAL)
-        fill_normal(w, t->rows * t->cols, std, m->c.seed, stream_of(t->name));
-    else for (long k = 0; k < t->cols; k++) w[k] = t->kind->init == INIT_ONE ? 1.0f : 0.0f;
+    const Scheme* s = m->scheme;
+    const int relative = s->relative == ALL_RELATIVE;
+    const float C = (float)m->c.width / (relative ? (float)m->c.base_width : 1);
+    const float L = relative ? m->c.base_layers : (float)m->c.layers;
+    float std = s->init_std;
+    if (is_hidden(t)) std *= powf(C, s->init_power);
+    if (t->use == ENDS) std *= powf(2 * L, s->residual_power);
+    if (decays(t)) fill_normal(w, t->rows * t->cols, std, m->c.seed, stream_of(t->name));
+    else for (long k = 0; k < t->cols; k++) w[k] = t->use == GAIN ? 1.0f : 0.0f;
 }
 
 // ---- Forward -------------------------------------------------------------------------------------------
@@ -668,20 +754,21 @@ static void wrote(Model* m, int l, int kind, long n) {
 static void linear(Model* m, int l, int kind, float* y, const float* x, long N) {
     const Tensor* t = tensor(m, l, kind);
     const float* w = param(m, l, kind);
-    stat_record(m, stat_row(m, l, kind), t->name, 0, x, N * t->cols, t->operand);
-    stat_record(m, stat_row(m, l, kind), t->name, 1, w, t->rows * t->cols, t->operand);
-    linear_forward(y, x, w, t->alpha, m->precision, N, t->cols, t->rows);
+    stat_record(m, stat_row(m, l, kind), t->name, 0, x, N * t->cols, t->precision.input);
+    stat_record(m, stat_row(m, l, kind), t->name, 1, w, t->rows * t->cols, t->precision.weight);
+    linear_forward(y, x, w, t->alpha, &t->precision, N, t->cols, t->rows);
 }
 // A LayerNorm: its parameters, and where the mean and 1/deviation of its rows are kept.
 typedef struct { int gain, bias, mean, rstd; } Norm;
 static const Norm NORM1 = {.gain = LN1_GAIN, .bias = LN1_BIAS, .mean = A_MEAN1, .rstd = A_RSTD1},
                   NORM2 = {.gain = LN2_GAIN, .bias = LN2_BIAS, .mean = A_MEAN2, .rstd = A_RSTD2},
                   FINAL = {.gain = LNF_GAIN, .bias = LNF_BIAS, .mean = A_MEANF, .rstd = A_RSTDF};
-// out = skip_coef skip + branch_coef LN(x), or without skip LN(x), of N rows from `row`.
-static void norm(Model* m, int l, Norm k, float* out, const float* x, const float* skip, long row, long N) {
+static const Residual NO_SUM = {0, 1};
+// out = LN(x), of N rows from `row`, or the residual sum of skip and that.
+static void norm(Model* m, int l, Norm k, float* out, const float* x, const float* skip, Residual sum,
+                 long row, long N) {
     layernorm_forward(out, buffer(m, l, k.mean, row), buffer(m, l, k.rstd, row), x, param(m, l, k.gain),
-                      param(m, l, k.bias), skip, m->skip_coef, skip ? m->branch_coef : 1.0f, N, m->c.width,
-                      m->precision->stream);
+                      param(m, l, k.bias), skip, sum.skip, sum.branch, N, m->c.width, m->precision->stream);
 }
 
 // What forward keeps of a block: (N,C), but qkv (N,3C), up and g (N,4C), means and rstds (N). In the order of
@@ -705,31 +792,32 @@ static void block_forward(Model* m, int l, long B, long t0, long T) {
     const long C = m->c.width, N = B * T - t0;
     const Format f = m->precision->stream;
     const int post = m->scheme->norm_last;
+    const Residual sum1 = residual(m, 2 * l), sum2 = residual(m, 2 * l + 1);
     const Block b = block_of(m, l, t0), all = block_of(m, l, 0);  // attention reads earlier rows
     const float* before = stream_before(m, l, t0);
 
-    if (!post) norm(m, l, NORM1, b.norm1, before, NULL, t0, N);
+    if (!post) norm(m, l, NORM1, b.norm1, before, NULL, NO_SUM, t0, N);
     if (!post) wrote(m, l, A_NORM1, N * C);
     linear(m, l, QKV, b.qkv, post ? before : b.norm1, N);
     wrote(m, l, A_QKV, N * 3 * C);
-    attention_forward(all.y, all.qkv, B, t0, T, C, m->c.heads, f);
+    attention_forward(all.y, all.qkv, m->softmax_scale, m->attention_factor, B, t0, T, C, m->c.heads, f);
     wrote(m, l, A_Y, N * C);
     linear(m, l, OUT, b.out, b.y, N);
     wrote(m, l, A_OUT, N * C);
-    if (post) norm(m, l, NORM1, b.mid, b.out, before, t0, N);
-    else weighted_sum(b.mid, m->skip_coef, before, m->branch_coef, b.out, N * C, f);
+    if (post) norm(m, l, NORM1, b.mid, b.out, before, sum1, t0, N);
+    else weighted_sum(b.mid, sum1.skip, before, sum1.branch, b.out, N * C, f);
     wrote(m, l, A_MID, N * C);
 
-    if (!post) norm(m, l, NORM2, b.norm2, b.mid, NULL, t0, N);
+    if (!post) norm(m, l, NORM2, b.norm2, b.mid, NULL, NO_SUM, t0, N);
     if (!post) wrote(m, l, A_NORM2, N * C);
     linear(m, l, UP, b.up, post ? b.mid : b.norm2, N);
     wrote(m, l, A_UP, N * 4 * C);
-    activation_forward(b.g, b.up, (Activation)m->c.activation, N * 4 * C, f);
+    activation_forward(b.g, b.up, (Activation)m->c.activation, m->act_in, m->act_out, N * 4 * C, f);
     wrote(m, l, A_G, N * 4 * C);
     linear(m, l, DOWN, b.down, b.g, N);
     wrote(m, l, A_DOWN, N * C);
-    if (post) norm(m, l, NORM2, b.x, b.down, b.mid, t0, N);
-    else weighted_sum(b.x, m->skip_coef, b.mid, m->branch_coef, b.down, N * C, f);
+    if (post) norm(m, l, NORM2, b.x, b.down, b.mid, sum2, t0, N);
+    else weighted_sum(b.x, sum2.skip, b.mid, sum2.branch, b.down, N * C, f);
     wrote(m, l, A_X, N * C);
     stat_record(m, 5 * (l + 1), form("h.%d.x", l), 0, b.x, N * C, f);
 }
@@ -743,20 +831,20 @@ static void model_forward(Model* m, long B, long t0, long T) {
     wrote(m, 0, A_X0, N * C);
     stat_record(m, 0, "x", 0, m->buffers[A_X0], N * C, m->precision->stream);
     for (int l = 0; l < m->c.layers; l++) block_forward(m, l, B, t0, T);
-    norm(m, 0, FINAL, buffer(m, 0, A_LNF, t0), stream_before(m, m->c.layers, t0), NULL, t0, N);
+    norm(m, 0, FINAL, buffer(m, 0, A_LNF, t0), stream_before(m, m->c.layers, t0), NULL, NO_SUM, t0, N);
     wrote(m, 0, A_LNF, N * C);
 }
 
-// logits = (1/C) LNf(x) W_head^T ([µS] table 2; sp: no 1/C) for N rows from `row`. Not tied to wte.
+// logits = alpha LNf(x) W_head^T for N rows from `row`; alpha is 1/C ([µS] table 2). Not tied to wte.
 static void model_logits(Model* m, long row, long N) {
     const Tensor* t = tensor(m, 0, HEAD);
     const long C = m->c.width, V = m->c.vocab;
-    const Format f = m->head_precision->operand;
+    const Format f = t->precision.input;
     const float *x = buffer(m, 0, A_LNF, row), *w = param(m, 0, HEAD);
     stat_record(m, stat_row(m, 0, HEAD), t->name, 0, x, N * C, f);
     stat_record(m, stat_row(m, 0, HEAD), t->name, 1, w, V * C, f);
     matmul(buffer(m, 0, A_LOGITS, row), m->vp, view(x, C, 1, f), view(w, C, 1, f), N, V, C, t->alpha, 0,
-           m->head_precision->stream);
+           m->precision->stream);
 }
 
 // Mean loss of m->inputs against m->targets, (B,T). With want_gradient, A_LOGITS becomes its own gradient.
@@ -766,7 +854,7 @@ static double model_loss(Model* m, int want_gradient) {
     model_logits(m, 0, m->rows);
     wrote(m, 0, A_LOGITS, m->rows * m->vp);
     loss_forward_backward(m->buffers[A_LOSSES], m->buffers[A_LOGITS], m->targets, want_gradient,
-                          m->loss_scale, m->rows, m->c.vocab, m->vp, m->head_precision->stream);
+                          m->loss_scale, m->rows, m->c.vocab, m->vp, m->precision->stream);
     if (want_gradient) wrote(m, 0, A_LOGITS, m->rows * m->vp);
     for (long n = 0; n < m->rows; n++) sum += m->buffers[A_LOSSES][n];
     return sum / (double)m->rows;
@@ -775,60 +863,61 @@ static double model_loss(Model* m, int want_gradient) {
 // ---- Backward ------------------------------------------------------------------------------------------
 static void linear_back(Model* m, int l, int kind, float* dx, const float* dy, const float* x) {
     const Tensor* t = tensor(m, l, kind);
-    stat_record(m, stat_row(m, l, kind), t->name, 2, dy, m->rows * t->rows, m->precision->gradient);
-    linear_backward(dx, grad(m, l, kind), dy, x, param(m, l, kind), t->alpha, m->precision, m->rows, t->cols,
+    stat_record(m, stat_row(m, l, kind), t->name, 2, dy, m->rows * t->rows, t->precision.gradient);
+    linear_backward(dx, grad(m, l, kind), dy, x, param(m, l, kind), t->alpha, &t->precision, m->rows, t->cols,
                     t->rows);
 }
 static void norm_back(Model* m, int l, Norm k, float* dx, const float* dout, const float* x,
-                      const float* dskip, float coef) {
+                      const float* dskip, Residual sum) {
     layernorm_backward(dx, grad(m, l, k.gain), grad(m, l, k.bias), dout, x, buffer(m, l, k.mean, 0),
-                       buffer(m, l, k.rstd, 0), param(m, l, k.gain), dskip, m->skip_coef, coef, m->rows,
+                       buffer(m, l, k.rstd, 0), param(m, l, k.gain), dskip, sum.skip, sum.branch, m->rows,
                        m->c.width, m->precision->stream);
 }
 
 // From the gradient after block l, in D_X, to that before it, also in D_X. In turn D_X has d x, d mid, d
-// before; D_BRANCH d down, d out; D_WIDE d g, d up, d qkv; D_NARROW d mid's part through `up`, d y, d
-// before's part through `qkv` (sp: d norm2, d y, d norm1).
+// before; D_BRANCH d down, d out, where LayerNorm ends the branch (else D_X is that); D_WIDE d g, d up, d
+// qkv; D_NARROW d mid's part through `up`, d y, d before's part through `qkv` (or d norm2, d y, d norm1).
+//   Of a sum's coefficients the branch's is in LayerNorm's backward: a branch's first step, or its last (see
+// Tensor.grad_scale).
 static void block_backward(Model* m, int l, long B, long T) {
     const long C = m->c.width, N = B * T;
     const Format f = m->precision->stream;
     const int post = m->scheme->norm_last;
+    const Residual sum1 = residual(m, 2 * l), sum2 = residual(m, 2 * l + 1);
     const Block b = block_of(m, l, 0);
-    const float *before = stream_before(m, l, 0), branch = m->branch_coef;
-    float *dx = m->buffers[D_X], *dout = m->buffers[D_BRANCH], *ddown = dout;
+    const float* before = stream_before(m, l, 0);
+    float *dx = m->buffers[D_X], *dout = post ? m->buffers[D_BRANCH] : dx, *ddown = dout;
     float *dy = m->buffers[D_NARROW], *din = dy, *dg = m->buffers[D_WIDE], *dup = dg, *dqkv = dg;
 
-    if (post) norm_back(m, l, NORM2, ddown, dx, b.down, NULL, branch);
-    else weighted_sum(ddown, branch, dx, 0.0f, dx, N * C, f);
-    wrote(m, l, D_BRANCH, N * C);
+    if (post) norm_back(m, l, NORM2, ddown, dx, b.down, NULL, sum2);
+    if (post) wrote(m, l, D_BRANCH, N * C);
     linear_back(m, l, DOWN, dg, ddown, b.g);
     wrote(m, l, D_WIDE, N * 4 * C);
-    activation_backward(dup, dg, b.up, (Activation)m->c.activation, N * 4 * C, f);
+    activation_backward(dup, dg, b.up, (Activation)m->c.activation, m->act_in, m->act_out, N * 4 * C, f);
     wrote(m, l, D_WIDE, N * 4 * C);
     linear_back(m, l, UP, din, dup, post ? b.mid : b.norm2);
     wrote(m, l, D_NARROW, N * C);
-    if (post) weighted_sum(dx, m->skip_coef, dx, 1.0f, din, N * C, f);
-    else norm_back(m, l, NORM2, dx, din, b.mid, dx, 1.0f);
+    if (post) weighted_sum(dx, sum2.skip, dx, 1.0f, din, N * C, f);
+    else norm_back(m, l, NORM2, dx, din, b.mid, dx, sum2);
     wrote(m, l, D_X, N * C);
 
-    if (post) norm_back(m, l, NORM1, dout, dx, b.out, NULL, branch);
-    else weighted_sum(dout, branch, dx, 0.0f, dx, N * C, f);
-    wrote(m, l, D_BRANCH, N * C);
+    if (post) norm_back(m, l, NORM1, dout, dx, b.out, NULL, sum1);
+    if (post) wrote(m, l, D_BRANCH, N * C);
     linear_back(m, l, OUT, dy, dout, b.y);
     wrote(m, l, D_NARROW, N * C);
-    attention_backward(dqkv, dy, b.qkv, B, T, C, m->c.heads, f);
+    attention_backward(dqkv, dy, b.qkv, m->softmax_scale, m->attention_factor, B, T, C, m->c.heads, f);
     wrote(m, l, D_WIDE, N * 3 * C);
     linear_back(m, l, QKV, din, dqkv, post ? before : b.norm1);
     wrote(m, l, D_NARROW, N * C);
-    if (post) weighted_sum(dx, m->skip_coef, dx, 1.0f, din, N * C, f);
-    else norm_back(m, l, NORM1, dx, din, before, dx, 1.0f);
+    if (post) weighted_sum(dx, sum1.skip, dx, 1.0f, din, N * C, f);
+    else norm_back(m, l, NORM1, dx, din, before, dx, sum1);
     wrote(m, l, D_X, N * C);
 }
 
 // Adds S times the gradient of the last model_loss(m, 1) to m->grads.
 static void model_backward(Model* m) {
     const long B = m->c.batch, T = m->c.seq, C = m->c.width, V = m->c.vocab, N = m->rows;
-    const Format f = m->head_precision->gradient;
+    const Format f = tensor(m, 0, HEAD)->precision.gradient;
     const float *dlogits = m->buffers[A_LOGITS], *lnf = m->buffers[A_LNF], *w_head = param(m, 0, HEAD);
     float *dx = m->buffers[D_X], *dlnf = m->buffers[D_BRANCH];
     // alpha is 1 here, not the head's: the factor C in S, see loss_forward_backward.
@@ -837,7 +926,7 @@ static void model_backward(Model* m) {
     matmul(dlnf, C, view(dlogits, m->vp, 1, f), view(w_head, 1, C, f), N, C, V, 1.0f, 0,
            m->precision->stream);
     wrote(m, 0, D_BRANCH, N * C);
-    norm_back(m, 0, FINAL, dx, dlnf, stream_before(m, m->c.layers, 0), NULL, 1.0f);
+    norm_back(m, 0, FINAL, dx, dlnf, stream_before(m, m->c.layers, 0), NULL, NO_SUM);
     wrote(m, 0, D_X, N * C);
     for (int l = m->c.layers - 1; l >= 0; l--) {
         const int stats_on = m->stats_on;
@@ -852,8 +941,8 @@ static void model_backward(Model* m) {
 }
 
 // ---- Optimizers and schedule ---------------------------------------------------------------------------
-// Both see S times the gradient: Lion takes its sign, AdamW multiplies epsilon by S. It is not clipped: the
-// size of a step does not follow the size of the gradient in either.
+// Both see S times the gradient: Lion takes its sign, AdamW divides it by its own size. It is not clipped:
+// the size of a step does not follow the size of the gradient in either.
 
 // Learning rate of step s = 1, 2, ...: linear warm-up, then a cosine to 10 % of the peak at the last step.
 static double learning_rate(const Config* c, long s) {
@@ -862,54 +951,56 @@ static double learning_rate(const Config* c, long s) {
     return (double)c->lr * (0.1 + 0.45 * (1.0 + cos(3.14159265358979 * fmin(progress, 1.0))));
 }
 
-// What the step at rate lr takes from the schedule. The decay follows it and not the peak rate: lambda lr_t /
-// lr_max, the same at every width; hidden matrices learn at lr sqrt(d_base / C) ([µS] table 2, 3.2). At the
-// default width of 128 that is 1.41 --lr, for the paper names its rates for d_base = 256.
+// What a tensor's step at rate lr takes from the schedule. The decay follows it and not the peak rate: lambda
+// lr_t / lr_max, the same at every width; hidden matrices learn at lr sqrt(d_base / C) ([µS] table 2, 3.2).
+// At the default width of 128 that is 1.41 --lr, for the paper names its rates for d_base = 256.
 typedef struct { float lr, decay, eps, c1, c2; } Rates;  // c1, c2: AdamW's bias corrections
-static Rates rates(const Model* m, double lr) {
-    Rates r = {(float)lr, m->c.decay * (float)(lr / m->c.lr), (float)(1e-8 * m->grad_scale),
+static Rates rates(const Model* m, const Tensor* t, double lr) {
+    Rates r = {(float)lr * t->lr_factor, decays(t) ? m->c.decay * (float)(lr / m->c.lr) : 0,
+               m->scheme->true_epsilon ? (float)(1e-8 * t->grad_scale) : 1e-8f,
                (float)(1.0 - pow(0.9, (double)m->step + 1)), (float)(1.0 - pow(0.95, (double)m->step + 1))};
     return r;
 }
 // Lion (Chen et al. 2023, arXiv 2302.06675) with fully decoupled weight decay: W -= lr u + decay W.
-BOTH static inline float lion(float w, float* m, float g, float lr, float decay) {
+BOTH static inline float lion(float w, float* m, float g, Rates r) {
     const float b1 = 0.9f, b2 = 0.99f;
     float u = b1 * *m + (1.0f - b1) * g;
     u = u > 0.0f ? 1.0f : u < 0.0f ? -1.0f : 0.0f;
     *m = b2 * *m + (1.0f - b2) * g;
-    return w - (lr * u + decay * w);
+    return w - (r.lr * u + r.decay * w);
 }
 // AdamW (Loshchilov, Hutter 2019), bias-corrected. 0.95 is usual for language models (Brown et al. 2020).
-BOTH static inline float adamw(float w, float* m, float* v, float g, float lr, float decay, Rates r) {
+BOTH static inline float adamw(float w, float* m, float* v, float g, Rates r) {
     const float b1 = 0.9f, b2 = 0.95f;
     *m = b1 * *m + (1.0f - b1) * g;
     *v = b2 * *v + (1.0f - b2) * g * g;
-    return w - (lr * (*m / r.c1) / (sqrtf(*v / r.c2) + r.eps) + decay * w);
+    return w - (r.lr * (*m / r.c1) / (sqrtf(*v / r.c2) + r.eps) + r.decay * w);
 }
 // Within a parallel region; a thread goes on to the next tensor without waiting for the others.
-static void lion_update(float* w, float* m, const float* g, long n, float lr, float decay) {
+static void lion_update(float* w, float* m, const float* g, long n, Rates r) {
     #pragma omp for simd schedule(static) nowait
-    for (long i = 0; i < n; i++) w[i] = lion(w[i], &m[i], g[i], lr, decay);
+    for (long i = 0; i < n; i++) w[i] = lion(w[i], &m[i], g[i], r);
 }
-static void adamw_update(float* w, float* m, float* v, const float* g, long n, float lr, float decay,
-                         Rates r) {
+static void adamw_update(float* w, float* m, float* v, const float* g, long n, Rates r) {
     #pragma omp for simd schedule(static) nowait
-    for (long i = 0; i < n; i++) w[i] = adamw(w[i], &m[i], &v[i], g[i], lr, decay, r);
+    for (long i = 0; i < n; i++) w[i] = adamw(w[i], &m[i], &v[i], g[i], r);
 }
 
 static void model_update(Model* m, double lr) {
-    const Rates r = rates(m, lr);
     #pragma omp parallel
-    for (int i = 0; i < m->num_tensors; i++) {
-        const Tensor* t = &m->tensors[i];
+    for (const Tensor* t = m->tensors; t < m->tensors + m->num_tensors; t++) {
+        const Rates r = rates(m, t, lr);
         const long n = t->rows * t->cols;
         float *w = m->params + t->offset, *g = m->grads + t->offset, *m1 = m->m + t->offset;
-        float lr_t = r.lr * t->lr_factor, decay = t->kind->decays ? r.decay : 0.0f;
-        if (m->v) adamw_update(w, m1, m->v + t->offset, g, n, lr_t, decay, r);
-        else lion_update(w, m1, g, n, lr_t, decay);
+        if (m->v) adamw_update(w, m1, m->v + t->offset, g, n, r);
+        else lion_update(w, m1, g, n, r);
     }
 }
 
+// How a tensor's squares count in the norm of S times the gradient: what does not learn is not in it.
+static double share_of_norm(const Model* m, const Tensor* t) {
+    return t->lr_factor == 0 ? 0 : pow(m->grad_scale / t->grad_scale, 2);
+}
 // Norm of the true gradient; *bad is the first tensor with a value that is not finite, or NULL.
 static double gradient_norm(const Model* m, const Tensor** bad) {
     enum { CHUNK = 65536 };  // fixed: the same bits for any number of threads
@@ -934,7 +1025,7 @@ static double gradient_norm(const Model* m, const Tensor** bad) {
         double sum = 0;
         for (long k = div_up(m->tensors[i].rows * m->tensors[i].cols, CHUNK); k > 0; k--) sum += *sums++;
         if (!isfinite(sum) && !*bad) *bad = &m->tensors[i];
-        total += sum;
+        total += sum * share_of_norm(m, &m->tensors[i]);
     }
     return sqrt(total) / m->grad_scale;
 }
@@ -1724,7 +1815,8 @@ static int text_encode(const Text* t, const char* chars, int* tokens) {
 typedef enum { HEADING, INT, UINT64, FLOAT, TEXT, FLAG } OptionType;  // FLOAT: -1 is auto
 typedef enum { NO, KEPT, FIXED } Stored;  // in a checkpoint: no; yes, but a flag may change it; yes
 typedef struct {
-    const char *name, *value, *choices;  // the default; "a|b": an INT, its place among these words
+    const char *name, *value;  // the default
+    const char* choices;       // "a|b": an INT is its place among these; a FLOAT is of these schemes only
     OptionType type;
     Stored stored;
     size_t offset;
@@ -1738,7 +1830,7 @@ static const Option OPTIONS[] = {
     {"val", "", 0, TEXT, KEPT, AT(val), 0, 0, "the same, to validate on (default: the last 10 % of --input)"},
     {"tokenizer", "", 0, TEXT, KEPT, AT(tokenizer), 0, 0, "default: gpt2_tokenizer.bin near the shards"},
     {NULL, "", 0, HEADING, NO, 0, 0, 0, "Model"},
-    {"scheme", "us", "us|sp", INT, FIXED, AT(scheme), 0, 0, "unit scaling, or the standard parametrization"},
+    {"scheme", "us", "us|sp|mup|umup|us-pre|us-mean", INT, FIXED, AT(scheme), 0, 0, "us is µS"},
     {"layers", "4", 0, INT, FIXED, AT(layers), 1, 1000, "blocks"},
     {"width", "128", 0, INT, FIXED, AT(width), 1, 65536, "of the stream"},
     {"heads", "4", 0, INT, FIXED, AT(heads), 1, 1024, "of attention"},
@@ -1757,6 +1849,17 @@ static const Option OPTIONS[] = {
     {"precision", "fp8", "fp32|bf16|fp8", INT, KEPT, AT(precision), 0, 0, "of the matmuls' operands"},
     {"recompute", "", 0, FLAG, NO, AT(recompute), 0, 1, "less memory for more time (--resume forgets it)"},
     {"seed", "1", 0, UINT64, KEPT, AT(seed), 0, 0x1p64, "of weights, batches and samples"},
+    {NULL, "", 0, HEADING, NO, 0, 0, 0, "Experiments: multipliers of some schemes, of rates, of gradients"},
+    {"alpha-res", "1", "umup", FLOAT, KEPT, AT(alpha_res), 1e-6, 1e6, "of branches"},
+    {"alpha-res-attn-ratio", "1", "umup", FLOAT, KEPT, AT(alpha_res_attn_ratio), 1e-6, 1e6, "their ratio"},
+    {"alpha-attn", "1", "mup|umup", FLOAT, KEPT, AT(alpha_attn), 1e-6, 1e6, "of attention's scores"},
+    {"alpha-act", "1", "umup", FLOAT, KEPT, AT(alpha_act), 1e-6, 1e6, "of the activation's input"},
+    {"alpha-out", "1", "mup|umup", FLOAT, KEPT, AT(alpha_out), 1e-6, 1e6, "of the logits"},
+    {"base-layers", "4", "mup", FLOAT, KEPT, AT(base_layers), 1, 1000, "depth of the base shape"},
+    {"emb-lr", "1", "mup", FLOAT, KEPT, AT(emb_lr), 0, 1e6, "rate of the embeddings"},
+    {"head-lr", "1", 0, FLOAT, KEPT, AT(head_lr), 0, 1e6, "rate of the head"},
+    {"norm-lr", "1", 0, FLOAT, KEPT, AT(norm_lr), 0, 1e6, "rate of LayerNorm's parameters (0: frozen)"},
+    {"grad-scale", "auto", 0, FLOAT, KEPT, AT(grad_scale), 1e-9, 1e12, "S (1: FP8 loses most gradients)"},
     {NULL, "", 0, HEADING, NO, 0, 0, 0, "Reports, every N steps (0: never)"},
     {"eval-every", "100", 0, INT, KEPT, AT(eval_every), 0, 1e9, "validation loss"},
     {"eval-tokens", "65536", 0, INT, KEPT, AT(eval_tokens), 0, 1e9, "to validate on, spread evenly (0: all)"},
@@ -1785,15 +1888,17 @@ static int choice(char to[16], const char* choices, int i) {
         if (i-- == 0) return 1;
     return 0;
 }
+static int find_choice(const char* choices, const char* value) {  // its number, or -1
+    char name[16];
+    for (int i = 0; choice(name, choices, i); i++) if (strcmp(name, value) == 0) return i;
+    return -1;
+}
 static void option_set(Config* c, const Option* o, const char* value, const char* where) {
-    char *end = NULL, *field = (char*)c + o->offset, name[16];
+    char *end = NULL, *field = (char*)c + o->offset;
     if (o->type == TEXT) *(const char**)field = value;
-    else if (o->choices) {
-        int i = 0;
-        while (choice(name, o->choices, i) && strcmp(name, value) != 0) i++;
-        if (!choice(name, o->choices, i))
-            die("%s--%s is one of %s, not '%s'", where, o->name, o->choices, value);
-        *(int*)field = i;
+    else if (o->type == INT && o->choices) {
+        *(int*)field = find_choice(o->choices, value);
+        if (*(int*)field < 0) die("%s--%s is one of %s, not '%s'", where, o->name, o->choices, value);
     } else if (strcmp(value, "auto") == 0 && strcmp(o->value, "auto") == 0) *(float*)field = -1;
     else {
         errno = 0;
@@ -1812,8 +1917,10 @@ static void option_set(Config* c, const Option* o, const char* value, const char
 static const char* option_get(const Config* c, const Option* o) {
     const char* field = (const char*)c + o->offset;
     char name[16];
-    if (o->choices) return choice(name, o->choices, *(const int*)field) ? form("%s", name) : "";
+    if (o->type == INT && o->choices)
+        return choice(name, o->choices, *(const int*)field) ? form("%s", name) : "";
     if (o->type == TEXT) return *(char* const*)field;
+    if (o->type == FLOAT && *(const float*)field < 0) return "auto";
     if (o->type == FLOAT) {  // short where that reads back the same
         const char* brief = form("%g", (double)*(const float*)field);
         const int exact = strtof(brief, NULL) == *(const float*)field;
@@ -1828,12 +1935,15 @@ static void print_help(void) {
            "./train_us --input FILE [options]      ./train_us --generate CHECKPOINT [--prompt TEXT]\n");
     for (const Option* o = OPTIONS; o < OPTIONS_END; o++) {
         const char* kind = o->type == TEXT ? "TEXT" : o->type == FLAG ? "" : o->type == FLOAT ? "X" : "N";
-        const char* value = o->choices ? o->choices : kind;
+        const char* value = o->type == INT && o->choices ? o->choices : kind;
         const char* flag = o->name ? form("  %-30s ", form("--%s %s", o->name, value)) : "";
-        printf("%s%s%s\n", flag, o->help, *o->value ? form(" [%s]", o->value) : "");
+        const char* only = o->type == FLOAT && o->choices ? form("%s: ", o->choices) : "";
+        printf("%s%s%s%s\n", flag, only, o->help, *o->value ? form(" [%s]", o->value) : "");
     }
-    printf("auto: --tau 0.4 up to 4 layers, then 0.4 (4/layers)^0.43; --decay us 0.001, sp 0.0001;\n"
-           "      --lr with adamw us 0.02 for bytes, 0.16 for GPT-2's tokens, sp 0.002 (lion: README)\n");
+    printf("auto: --tau 0.4 up to 4 layers, then 0.4 (4/layers)^0.43; with adamw (lion: README)\n");
+    for (const Scheme* s = SCHEMES; s < SCHEMES + sizeof SCHEMES / sizeof *SCHEMES; s++)
+        printf("      %-8s --lr %g for bytes, %g for GPT-2's tokens, --decay %g\n", s->name,
+               (double)s->lr_bytes[ADAMW], (double)s->lr_tokens[ADAMW], (double)s->decay);
 }
 
 // Fills c from the defaults, then from a checkpoint's metadata if there is one, then from the flags given.
@@ -1864,16 +1974,20 @@ static void config_parse(Config* c, int argc, char** argv, const Archive* checkp
         if (checkpoint && o->stored == FIXED && strcmp(before, option_get(c, o)) != 0)
             die("--%s %s does not fit checkpoint %s, which has %s", name, value, checkpoint->path, before);
     }
-    if (c->width % c->heads && (checkpoint || !(c->resume || *c->generate)))
-        die("--width %d is not a multiple of --heads %d", c->width, c->heads);
 }
-// What auto stands for, once the data has told the vocabulary.
+static int option_applies(const Config* c, const Option* o) {
+    return o->type != FLOAT || !o->choices || find_choice(o->choices, SCHEMES[c->scheme].name) >= 0;
+}
+// What auto stands for, once the data has told the vocabulary; and do the settings fit each other?
 static void config_defaults(Config* c) {
-    // By tokens (bytes, GPT-2's), scheme (us, sp) and optimizer (lion, adamw): dev/rates.py, table in README.
-    static const float rates[2][2][2] = {{{0.02f, 0.02f}, {3e-4f, 2e-3f}}, {{0.08f, 0.16f}, {5e-4f, 2e-3f}}};
+    const Scheme* s = &SCHEMES[c->scheme];
     if (c->tau < 0) c->tau = default_tau(c->layers);
-    if (c->lr < 0) c->lr = rates[c->vocab != BYTES_VOCAB][c->scheme][c->optimizer];
-    if (c->decay < 0) c->decay = c->scheme ? 1e-4f : 1e-3f;
+    if (c->lr < 0) c->lr = (c->vocab == BYTES_VOCAB ? s->lr_bytes : s->lr_tokens)[c->optimizer];
+    if (c->decay < 0) c->decay = s->decay;
+    if (c->width % c->heads) die("--width %d is not a multiple of --heads %d", c->width, c->heads);
+    for (const Option* o = OPTIONS; o < OPTIONS_END; o++)
+        if (!option_applies(c, o) && strcmp(option_get(c, o), o->value) != 0)
+            die("--%s is of --scheme %s, not of %s", o->name, o->choices, s->name);
 }
 
 // ---- Device --------------------------------------------------------------------------------------------
@@ -1914,6 +2028,20 @@ static const float* cpu_next(Model* m, long t0, long length) {
     model_logits(m, length - 1, 1);
     return buffer(m, 0, A_LOGITS, length - 1);
 }
+// Numbers below 2^-126 cost a CPU a hundred times what others do, and a softmax that saturates makes many.
+static void cpu_open(Model* m) {
+    #pragma omp parallel
+    {
+#if defined(__SSE2__)
+        _mm_setcsr(_mm_getcsr() | 0x8040);  // they are 0, as results and as operands
+#elif defined(__aarch64__)
+        uint64_t fpcr;
+        __asm__ volatile("mrs %0, fpcr" : "=r"(fpcr));
+        __asm__ volatile("msr fpcr, %0" ::"r"(fpcr | 1 << 24));
+#endif
+    }
+    model_alloc_buffers(m);
+}
 static void cpu_nothing(Model* m) { (void)m; }
 static const float* cpu_get(Model* m, Lasting what, const Tensor* t) {
     return (what == PARAMS ? m->params : what == FIRST_MOMENT ? m->m : m->v) + t->offset;
@@ -1922,7 +2050,7 @@ static void cpu_put(Model* m, Lasting what, const Tensor* t, const void* values)
     memcpy((float*)cpu_get(m, what, t), values, sizeof(float) * (size_t)(t->rows * t->cols));
 }
 __attribute__((unused)) static const Device CPU = {
-    "CPU", 1, model_alloc_buffers, cpu_nothing, NULL, cpu_step, cpu_loss, cpu_trace, cpu_update,
+    "CPU", 1, cpu_open, cpu_nothing, NULL, cpu_step, cpu_loss, cpu_trace, cpu_update,
     cpu_next, cpu_nothing, cpu_get, cpu_put, NULL};
 
 // A model as it begins, once the device is open.
@@ -1947,7 +2075,7 @@ static void archive_config(Archive* a, const Model* m) {
 }
 static void archive_tensors(Archive* a, const Model* m, const char* prefix, const float* data) {
     for (const Tensor* t = m->tensors; t < m->tensors + m->num_tensors; t++) {
-        const int vector = t->kind->rows == DIM_1;
+        const int vector = t->use >= GAIN;
         archive_add(a, form("%s%s", prefix, t->name), "F32", data ? data + t->offset : NULL,
                     vector ? t->cols : t->rows, vector ? 0 : t->cols, 0);
     }
@@ -2188,19 +2316,21 @@ static void print_files(const char* what, const Tokens* t) {
 static void print_header(const Model* m, const Device* device, const Split* train, const Split* val) {
     int column = printf("us.c on %s, threads %d,", device->name, max_threads());
     for (const Option* o = OPTIONS; o < OPTIONS_END; o++) {
-        if (!o->name || !o->stored || o->type == TEXT) continue;
+        if (!o->name || !o->stored || o->type == TEXT || !option_applies(&m->c, o)) continue;
         if (column > 85) column = printf("\n ") - 1;
         column += printf(" %s %s", o->name, option_get(&m->c, o));
     }
-    printf("\n  tensor          shape         operand  multiplier  learning rate  decays\n");
+    printf("\n  tensor          shape         input W grad    multiplier  learning rate  decays\n");
     for (int i = 0; i < m->num_tensors; i++) {
         const Tensor* t = &m->tensors[i];
         if (i >= BLOCK_TENSORS && i < m->c.layers * BLOCK_TENSORS) continue;  // the blocks are alike
-        const char* name = form("%s%s", i < BLOCK_TENSORS ? "h.*." : "", t->kind->name);
-        const char* rows = t->kind->rows == DIM_1 ? "" : form("%ld x ", t->rows);
-        printf("  %-14s  %-13s %-8s %-11.4g %-14.4g %s\n", name, form("%s%ld", rows, t->cols),
-               FORMATS[t->operand].name, (double)t->alpha, (double)(m->c.lr * t->lr_factor),
-               t->kind->decays ? "yes" : "no");
+        const char* name = i < BLOCK_TENSORS ? form("h.*.%s", TENSORS[i].name) : t->name;
+        const char* rows = t->use >= GAIN ? "" : form("%ld x ", t->rows);
+        const Precision* p = &t->precision;
+        const char *w = FORMATS[p->weight].name, *x = FORMATS[p->input].name, *dy = FORMATS[p->gradient].name;
+        const char* formats = is_hidden(t) ? form("%s %s %s", x, w, dy) : w;
+        printf("  %-14s  %-13s %-15s %-11.4g %-14.4g %s\n", name, form("%s%ld", rows, t->cols), formats,
+               (double)t->alpha, (double)(m->c.lr * t->lr_factor), decays(t) ? "yes" : "no");
     }
     if (!*m->c.out && !*m->c.dump) printf("nothing will be saved: that takes --out DIR\n");
     print_files("input", train->tokens);

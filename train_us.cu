@@ -483,9 +483,9 @@ static void launch_weighted_sum(Dest<S> out, float a, const S* x, float b, const
 }
 
 // ---- Activation -------------------------------------------------------------------------------------------
-// g = activation(h), or with `dg` dh = dg * activation'(h), rounded as one product.
+// g = b activation(a h), or with `dg` dh = dg * b a activation'(a h), rounded as one product.
 template <class S> static __global__ void __launch_bounds__(THREADS)
-activation_kernel(Dest<S> out, const S* h, const S* dg, Activation kind, long N, long W) {
+activation_kernel(Dest<S> out, const S* h, const S* dg, Activation kind, float a, float b, long N, long W) {
     __shared__ S tile[TILE * STRIDE];
     const long row0 = (long)blockIdx.y * TILE, col0 = (long)blockIdx.x * TILE;
     const long n = row0 + tile_row(), c = col0 + tile_col();
@@ -494,28 +494,30 @@ activation_kernel(Dest<S> out, const S* h, const S* dg, Activation kind, long N,
         load16(v, h + n * W + c);
         if (dg) {
             load16(d, dg + n * W + c);
-            for (int i = 0; i < 16; i++) v[i] = d[i] * activation_slope(v[i], kind);
-        } else for (int i = 0; i < 16; i++) v[i] = activate(v[i], kind);
+            for (int i = 0; i < 16; i++) v[i] = d[i] * (b * a * activation_slope(a * v[i], kind));
+        } else for (int i = 0; i < 16; i++) v[i] = b * activate(a * v[i], kind);
         fill_tile(tile, v);
     }
     __syncthreads();
     put_tile(out, tile, row0, col0, N);
 }
 template <class S>
-static void launch_activation(Dest<S> out, const S* h, const S* dg, Activation kind, long N, long W) {
-    activation_kernel<S><<<tiles(N, W), THREADS, 0, stream>>>(out, h, dg, kind, N, W);
+static void launch_activation(Dest<S> out, const S* h, const S* dg, Activation kind, float a, float b, long N,
+                              long W) {
+    activation_kernel<S><<<tiles(N, W), THREADS, 0, stream>>>(out, h, dg, kind, a, b, N, W);
     launched(dg ? "activation backward" : "activation forward");
 }
 
 // ---- Attention --------------------------------------------------------------------------------------------
 // FlashAttention-2 (Dao 2023, arXiv 2307.08691): no T x T matrix is ever stored. A block of threads keeps 64
 // rows of one head on chip and walks over the tiles of the other side.
-//   forward   S = Q K^T, P = softmax(S / sqrt(D)), Y = P V, with a running maximum and sum for the softmax.
-//             It saves lse, the base-2 logarithm of the sum of e^(s / sqrt(D)), of each row of S.
-//   backward  P = 2^(s log2(e) / sqrt(D) - lse), dV = P^T dY, dP = dY V^T, dQ = dS K, dK = dS^T Q with
-//             dS = P (dP - delta) / sqrt(D) and delta = rowsum(P dP) = rowsum(dY Y). A pass whose blocks own
+//   forward   S = Q K^T, P = softmax(scale S), Y = factor P V, with a running maximum and sum for the
+//             softmax. It saves lse, the base-2 logarithm of the sum of e^(scale s), of each row of S.
+//   backward  P = 2^(scale log2(e) s - lse), dV = factor P^T dY, dP = factor dY V^T, dQ = dS K, dK = dS^T Q
+//             with dS = scale P (dP - delta) and delta = rowsum(P dP) = rowsum(dY Y). A pass whose blocks own
 //             keys makes dK and dV, one whose blocks own queries makes dQ: seven matmuls where one pass needs
 //             five, but no atomics, so the same bits in every run.
+// In µS scale is 1 / sqrt(D) and factor 1.
 // A row of qkv (B,T,3C) is all heads' Q, then K, then V; lse and delta are (B,H,T), FP32.
 static const float LOG2E = 1.44269504f;
 
@@ -686,10 +688,10 @@ __device__ static void put_rows(Dest<bf16> d, bf16* shared, const float (&o)[D /
     put_tile(d, shared, stride, row0, col0, min(left, (int)ROWS), D);
 }
 
-// y and lse. A block: 64 queries of one head, the last ones first, for they have most keys. scale = log2(e) /
-// sqrt(D). Shared: Q and two tiles each of K and V, 64 rows: 40 KB for D = 64, 80 KB for D = 128.
+// y and lse. A block: 64 queries of one head, the last ones first, for they have most keys. Here scale has
+// log2(e) in it. Shared: Q and two tiles each of K and V, 64 rows: 40 KB for D = 64, 80 KB for D = 128.
 template <int D> static __global__ void __launch_bounds__(MMA_THREADS, D <= 64 ? 4 : 2)
-attention_forward_mma(Dest<bf16> y, float* lse, const bf16* qkv, int T, long C, float scale) {
+attention_forward_mma(Dest<bf16> y, float* lse, const bf16* qkv, int T, long C, float scale, float factor) {
     extern __shared__ __align__(16) bf16 shared[];
     enum { SIZE = ROWS * D };
     bf16 *Q = shared, *K = Q + SIZE, *V = K + 2 * SIZE;
@@ -724,7 +726,7 @@ attention_forward_mma(Dest<bf16> y, float* lse, const bf16* qkv, int T, long C, 
         const long t = q0 + threadIdx.x / 32 * 16 + lane / 4 + 8 * i;
         if (lane % 4 == 0 && t < T) lse[(b * gridDim.y + h) * T + t] = max[i] * scale + log2f(sum[i]);
     }
-    put_rows<D>(y, shared, o, 1.0f / sum[0], 1.0f / sum[1], b * T + q0, h * D, T - q0);
+    put_rows<D>(y, shared, o, factor / sum[0], factor / sum[1], b * T + q0, h * D, T - q0);
 }
 
 // Backward's shared memory: two tiles of 64 rows that stay, and twice a step's two tiles and two rows of
@@ -736,10 +738,10 @@ template <int D> struct Backward {
 
 // dK and dV. A block: 64 keys of one head, over the queries from the first of these on. The scores are
 // transposed, their rows are keys, so that P^T and dS^T, being left operands, stay in registers. Queries
-// beyond T are zeros and add zeros. scale = 1 / sqrt(D).
+// beyond T are zeros and add zeros.
 template <int D> static __global__ void __launch_bounds__(MMA_THREADS, D <= 64 ? 3 : 2)
 attention_backward_kv_mma(Dest<bf16> dqkv, const bf16* dy, const bf16* qkv, const float* lse,
-                          const float* delta, int T, long C, float scale) {
+                          const float* delta, int T, long C, float scale, float factor) {
     extern __shared__ __align__(16) bf16 shared[];
     enum { STEP = Backward<D>::STEP, SIZE = Backward<D>::SIZE };
     bf16 *K = shared, *V = K + ROWS * D, *Q = V + ROWS * D, *dY = Q + 2 * SIZE;
@@ -780,17 +782,17 @@ attention_backward_kv_mma(Dest<bf16> dqkv, const bf16* dy, const bf16* qkv, cons
         load_rows<D>(rows, V);
         times_transposed<D, STEP>(ds, rows, dYj);
         for (int n = 0; n < STEP / 8; n++)
-            for (int i = 0; i < 4; i++) ds[n][i] = p[n][i] * (ds[n][i] - Ej[8 * n + i % 2]);
+            for (int i = 0; i < 4; i++) ds[n][i] = p[n][i] * (factor * ds[n][i] - Ej[8 * n + i % 2]);
         add_product<D, STEP>(dk, ds, Qj);
     }
     put_rows<D>(dqkv, shared, dk, scale, scale, b * T + k0, C + h * D, T - k0);
-    put_rows<D>(dqkv, shared, dv, 1.0f, 1.0f, b * T + k0, 2 * C + h * D, T - k0);
+    put_rows<D>(dqkv, shared, dv, factor, factor, b * T + k0, 2 * C + h * D, T - k0);
 }
 
-// dQ. A block: 64 queries of one head, over the keys up to the last of these. scale = 1 / sqrt(D).
+// dQ. A block: 64 queries of one head, over the keys up to the last of these.
 template <int D> static __global__ void __launch_bounds__(MMA_THREADS, D <= 64 ? 3 : 2)
 attention_backward_q_mma(Dest<bf16> dqkv, const bf16* dy, const bf16* qkv, const float* lse,
-                         const float* delta, int T, long C, float scale) {
+                         const float* delta, int T, long C, float scale, float factor) {
     extern __shared__ __align__(16) bf16 shared[];
     enum { STEP = Backward<D>::STEP, SIZE = Backward<D>::SIZE };
     bf16 *Q = shared, *dY = Q + ROWS * D, *K = dY + ROWS * D, *V = K + 2 * SIZE;
@@ -823,7 +825,7 @@ attention_backward_q_mma(Dest<bf16> dqkv, const bf16* dy, const bf16* qkv, const
         times_transposed<D, STEP>(ds, dy_rows, Vj);
         for (int n = 0; n < STEP / 8; n++)
             for (int i = 0; i < 4; i++)
-                ds[n][i] = exp2_fast(p[n][i] * (scale * LOG2E) - L[i / 2]) * (ds[n][i] - E[i / 2]);
+                ds[n][i] = exp2_fast(p[n][i] * (scale * LOG2E) - L[i / 2]) * (factor * ds[n][i] - E[i / 2]);
         add_product<D, STEP>(dq, ds, Kj);
     }
     put_rows<D>(dqkv, shared, dq, scale, scale, b * T + q0, h * D, T - q0);
@@ -858,9 +860,9 @@ __device__ static void put_row(Dest<S> to, long n, long col, const float (&x)[LA
     }
 }
 
-// y and lse of query blockIdx.x. scale = log2(e) / sqrt(D).
+// y and lse of query blockIdx.x. Here scale has log2(e) in it.
 template <class S> static __global__ void __launch_bounds__(32)
-attention_forward_plain(Dest<S> y, float* lse, const S* qkv, long T, int D, float scale) {
+attention_forward_plain(Dest<S> y, float* lse, const S* qkv, long T, int D, float scale, float factor) {
     const long t = blockIdx.x, h = blockIdx.y, b = blockIdx.z, C = (long)gridDim.y * D, stride = 3 * C;
     const S *q = qkv + b * T * stride + h * D, *k = q + C, *v = k + C;
     float o[LANE_D] = {}, max = -INFINITY, sum = 0.0f;
@@ -872,14 +874,14 @@ attention_forward_plain(Dest<S> y, float* lse, const S* qkv, long T, int D, floa
         sum = sum * shrink + p;
         max = m;
     }
-    put_row(y, b * T + t, h * D, o, 1.0f / sum, D);
+    put_row(y, b * T + t, h * D, o, factor / sum, D);
     if (threadIdx.x == 0) lse[(b * gridDim.y + h) * T + t] = max + log2f(sum);
 }
 
 // dQ, dK and dV of position blockIdx.x: over the keys up to it, then over the queries from it on.
 template <class S> static __global__ void __launch_bounds__(32)
 attention_backward_plain(Dest<S> dqkv, const S* dy, const S* qkv, const float* lse,
-                         const float* delta, long T, int D, float scale) {  // 1 / sqrt(D)
+                         const float* delta, long T, int D, float scale, float factor) {
     const long t = blockIdx.x, h = blockIdx.y, b = blockIdx.z, C = (long)gridDim.y * D, stride = 3 * C;
     const S *q = qkv + b * T * stride + h * D, *k = q + C, *v = k + C;
     dy += b * T * C + h * D;
@@ -889,7 +891,7 @@ attention_backward_plain(Dest<S> dqkv, const S* dy, const S* qkv, const float* l
         return exp2f(scale * LOG2E * warp_dot(q + i * stride, k + j * stride, D) - lse[i]);
     };
     auto score_gradient = [&](long i, long j, float p) {
-        return p * (warp_dot(dy + i * C, v + j * stride, D) - delta[i]);
+        return p * (factor * warp_dot(dy + i * C, v + j * stride, D) - delta[i]);
     };
     float dq[LANE_D] = {}, dk[LANE_D] = {}, dv[LANE_D] = {};
     for (long j = 0; j <= t; j++) add_row(dq, score_gradient(t, j, probability(t, j)), k + j * stride, D);
@@ -900,7 +902,7 @@ attention_backward_plain(Dest<S> dqkv, const S* dy, const S* qkv, const float* l
     }
     put_row(dqkv, b * T + t, h * D, dq, scale, D);
     put_row(dqkv, b * T + t, C + h * D, dk, scale, D);
-    put_row(dqkv, b * T + t, 2 * C + h * D, dv, 1.0f, D);
+    put_row(dqkv, b * T + t, 2 * C + h * D, dv, factor, D);
 }
 
 // delta = rowsum(dY Y) within each head: a warp for one head of one position.
@@ -914,57 +916,59 @@ static __global__ void attention_dot(float* delta, const S* dy, const S* y, long
 
 // ---- Attention: the launches
 template <int D>
-static void forward_mma(Dest<bf16> y, float* lse, const bf16* qkv, long B, long T, long C, cudaStream_t s) {
+static void forward_mma(Dest<bf16> y, float* lse, const bf16* qkv, float scale, float factor, long B, long T,
+                        long C, cudaStream_t s) {
     const dim3 grid(div_up(T, ROWS), C / D, B);
     const int bytes = 5 * ROWS * D * sizeof(bf16);
     CUDA(cudaFuncSetAttribute(attention_forward_mma<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-    attention_forward_mma<D><<<grid, MMA_THREADS, bytes, s>>>(y, lse, qkv, T, C, LOG2E / sqrtf(D));
+    attention_forward_mma<D><<<grid, MMA_THREADS, bytes, s>>>(y, lse, qkv, T, C, LOG2E * scale, factor);
     launched("attention forward");
 }
 template <int D>
 static void backward_mma(Dest<bf16> dqkv, const bf16* dy, const bf16* qkv, const float* lse,
-                         const float* delta, long B, long T, long C, cudaStream_t s) {
+                         const float* delta, float scale, float factor, long B, long T, long C,
+                         cudaStream_t s) {
     const dim3 grid(div_up(T, ROWS), C / D, B);
     const int bytes = Backward<D>::BYTES;
-    const float scale = 1.0f / sqrtf(D);
     const cudaFuncAttribute most = cudaFuncAttributeMaxDynamicSharedMemorySize;
     CUDA(cudaFuncSetAttribute(attention_backward_kv_mma<D>, most, bytes));
     CUDA(cudaFuncSetAttribute(attention_backward_q_mma<D>, most, bytes));
-    attention_backward_kv_mma<D><<<grid, MMA_THREADS, bytes, s>>>(dqkv, dy, qkv, lse, delta, T, C, scale);
+    attention_backward_kv_mma<D><<<grid, MMA_THREADS, bytes, s>>>(dqkv, dy, qkv, lse, delta, T, C, scale,
+                                                                 factor);
     launched("attention backward, dK and dV");
-    attention_backward_q_mma<D><<<grid, MMA_THREADS, bytes, s>>>(dqkv, dy, qkv, lse, delta, T, C, scale);
+    attention_backward_q_mma<D><<<grid, MMA_THREADS, bytes, s>>>(dqkv, dy, qkv, lse, delta, T, C, scale,
+                                                                factor);
     launched("attention backward, dQ");
 }
 
 // y (B,T,C) and lse from qkv: attention_forward of train_us.c.
 template <class S>
-static void attention_forward_gpu(Dest<S> y, float* lse, const S* qkv, long B, long T, long C, long H,
-                                  cudaStream_t s) {
+static void attention_forward_gpu(Dest<S> y, float* lse, const S* qkv, float scale, float factor, long B,
+                                  long T, long C, long H, cudaStream_t s) {
     const long D = C / H;
     if constexpr (sizeof(S) == sizeof(bf16)) {
-        if (D == 32) return forward_mma<32>(y, lse, qkv, B, T, C, s);
-        if (D == 64) return forward_mma<64>(y, lse, qkv, B, T, C, s);
-        if (D == 128) return forward_mma<128>(y, lse, qkv, B, T, C, s);
+        if (D == 32) return forward_mma<32>(y, lse, qkv, scale, factor, B, T, C, s);
+        if (D == 64) return forward_mma<64>(y, lse, qkv, scale, factor, B, T, C, s);
+        if (D == 128) return forward_mma<128>(y, lse, qkv, scale, factor, B, T, C, s);
     }
-    attention_forward_plain<S><<<dim3(T, H, B), 32, 0, s>>>(y, lse, qkv, T, D, LOG2E / sqrtf(D));
+    attention_forward_plain<S><<<dim3(T, H, B), 32, 0, s>>>(y, lse, qkv, T, D, LOG2E * scale, factor);
     launched("attention forward");
 }
 
 // dqkv from dy, y, qkv and lse: attention_backward of train_us.c. delta (B,H,T) is work space.
 template <class S>
 static void attention_backward_gpu(Dest<S> dqkv, float* delta, const S* dy, const S* y,
-                                   const S* qkv, const float* lse, long B, long T, long C, long H,
-                                   cudaStream_t s) {
+                                   const S* qkv, const float* lse, float scale, float factor, long B, long T,
+                                   long C, long H, cudaStream_t s) {
     const long D = C / H;
-    const float scale = 1.0f / sqrtf(D);
     attention_dot<S><<<div_up(B * T * H, THREADS / 32), THREADS, 0, s>>>(delta, dy, y, B, T, H, D);
     launched("attention delta");
     if constexpr (sizeof(S) == sizeof(bf16)) {
-        if (D == 32) return backward_mma<32>(dqkv, dy, qkv, lse, delta, B, T, C, s);
-        if (D == 64) return backward_mma<64>(dqkv, dy, qkv, lse, delta, B, T, C, s);
-        if (D == 128) return backward_mma<128>(dqkv, dy, qkv, lse, delta, B, T, C, s);
+        if (D == 32) return backward_mma<32>(dqkv, dy, qkv, lse, delta, scale, factor, B, T, C, s);
+        if (D == 64) return backward_mma<64>(dqkv, dy, qkv, lse, delta, scale, factor, B, T, C, s);
+        if (D == 128) return backward_mma<128>(dqkv, dy, qkv, lse, delta, scale, factor, B, T, C, s);
     }
-    attention_backward_plain<S><<<dim3(T, H, B), 32, 0, s>>>(dqkv, dy, qkv, lse, delta, T, D, scale);
+    attention_backward_plain<S><<<dim3(T, H, B), 32, 0, s>>>(dqkv, dy, qkv, lse, delta, T, D, scale, factor);
     launched("attention backward");
 }
 
@@ -1037,14 +1041,15 @@ static __global__ void __launch_bounds__(THREADS) add_loss_kernel(Result* r, con
 
 // Sums of squares of the gradients, by chunks that never span two tensors.
 enum { CHUNK = 65536 };
-typedef struct { long offset, n; int tensor; } Chunk;
+typedef struct { long offset, n; int tensor; double share; } Chunk;  // share_of_norm
 static Chunk* chunks_of(const Model* m, int* count) {
     Chunk* chunks = (Chunk*)alloc(sizeof(Chunk) * ((double)m->num_params / CHUNK + m->num_tensors + 1));
     *count = 0;
     for (int i = 0; i < m->num_tensors; i++) {
         const long size = m->tensors[i].rows * m->tensors[i].cols;
         for (long at = 0; at < size; at += CHUNK) {
-            const Chunk k = {m->tensors[i].offset + at, min_l(CHUNK, size - at), i};
+            const Chunk k = {m->tensors[i].offset + at, min_l(CHUNK, size - at), i,
+                             share_of_norm(m, &m->tensors[i])};
             chunks[(*count)++] = k;
         }
     }
@@ -1071,7 +1076,7 @@ result_kernel(Result* r, const double* sums, const Chunk* chunks, int n) {
     double sum = 0;
     int bad = INT32_MAX;
     for (int i = (int)threadIdx.x; i < n; i += THREADS) {
-        sum += sums[i];
+        sum += sums[i] * chunks[i].share;
         if (!isfinite(sums[i])) bad = min(bad, chunks[i].tensor);
     }
     first[threadIdx.x] = bad;
@@ -1091,28 +1096,26 @@ static void launch_gradient_norm(Result* r, double* sums, const float* grads, co
 }
 
 // ---- Optimizer --------------------------------------------------------------------------------------------
-// One step of a tensor (rows, cols), and the copies of it that the matmuls read. lr_factor < 0: only the
+// One step of a tensor (rows, cols), and the copies of it that the matmuls read. rates = NULL: only the
 // copies. A step that is not finite changes nothing.
 template <class S> static __global__ void __launch_bounds__(THREADS)
 update_kernel(Dest<S> copy, float* w, float* m, float* v, const float* g, const Rates* rates,
-                  const Result* result, float lr_factor, int decays, long rows, long cols) {
+              const Result* result, long rows, long cols) {
     __shared__ S tile[TILE * STRIDE];
     const long row0 = (long)blockIdx.y * TILE, col0 = (long)blockIdx.x * TILE;
     const long row = row0 + tile_row(), col = col0 + tile_col(), at = row * cols + col;
-    const bool update = lr_factor >= 0, live = row < rows && col < cols;
+    const bool update = rates, live = row < rows && col < cols;
     if (update && result->stop) return;
     if (live) {
         float wt[16], mt[16], vt[16], gt[16];
         load16(wt, w + at);
         if (update) {
             const Rates r = *rates;
-            const float lr = r.lr * lr_factor, decay = decays ? r.decay : 0.0f;
             load16(mt, m + at);
             load16(gt, g + at);
             if (v) load16(vt, v + at);
             for (int i = 0; i < 16; i++)
-                wt[i] = v ? adamw(wt[i], &mt[i], &vt[i], gt[i], lr, decay, r)
-                          : lion(wt[i], &mt[i], gt[i], lr, decay);
+                wt[i] = v ? adamw(wt[i], &mt[i], &vt[i], gt[i], r) : lion(wt[i], &mt[i], gt[i], r);
             store16(w + at, wt);
             store16(m + at, mt);
             if (v) store16(v + at, vt);
@@ -1125,9 +1128,8 @@ update_kernel(Dest<S> copy, float* w, float* m, float* v, const float* g, const 
 }
 template <class S>
 static void launch_update(Dest<S> copy, float* w, float* m, float* v, const float* g, const Rates* rates,
-                          const Result* result, float lr_factor, int decays, long rows, long cols) {
-    update_kernel<S><<<tiles(rows, cols), THREADS, 0, stream>>>(copy, w, m, v, g, rates, result, lr_factor,
-                                                                decays, rows, cols);
+                          const Result* result, long rows, long cols) {
+    update_kernel<S><<<tiles(rows, cols), THREADS, 0, stream>>>(copy, w, m, v, g, rates, result, rows, cols);
     launched("update");
 }
 
@@ -1189,6 +1191,9 @@ static Side side(const void* p, long ld, int k_contiguous, cudaDataType_t type) 
     return s;
 }
 
+static cudaDataType_t type_of(Format f) {
+    return f == FP32 ? CUDA_R_32F : f == BF16 ? CUDA_R_16BF : f == E4M3 ? CUDA_R_8F_E4M3 : CUDA_R_8F_E5M2;
+}
 static long bytes_of(cudaDataType_t t) { return t == CUDA_R_32F ? 4 : t == CUDA_R_16BF ? 2 : 1; }
 static const char* type_name(int t) {
     return t == CUDA_R_32F ? "FP32" : t == CUDA_R_16BF ? "BF16" : t == CUDA_R_8F_E4M3 ? "E4M3" : "E5M2";
@@ -1369,7 +1374,7 @@ static struct {
     double* sums;                           // a chunk's sum of squares
     Chunk* chunks;
     int num_chunks;
-    Rates *rates, *host_rates;
+    Rates *rates, *host_rates;              // of each tensor
     Result *result, *host_result;
     StatSums *stat, *host_stat;
     cudaGraphExec_t micro, finish;          // forward and backward of a batch; norm and update
@@ -1451,7 +1456,7 @@ static double plan(const Model* m, int carry_out) {
     for (int i = 0; i < 2 && gpu.is_fp8 && !gpu.native; i++)
         PLAN(lt.decoded[i], WORK, 2 * 4 * C * fmax(C, Np));
     PLAN(gpu.batch, WORK, 4 * (double)ints_of_batch(m));
-    PLAN(gpu.rates, WORK, sizeof(Rates));
+    PLAN(gpu.rates, WORK, sizeof(Rates) * (double)m->num_tensors);
     PLAN(gpu.result, WORK, sizeof(Result));
     PLAN(lt.workspace, WORK, WORKSPACE);
     double total = 0;
@@ -1530,11 +1535,14 @@ template <class S> static Dest<S> value_only(S* value, long W, long N) {
 template <class S> static Dest<S> input_of(const Model* m, int l, int kind, S* value, int always, long N) {
     Dest<S> d = value_only(always || !gpu.is_fp8 || gpu.full ? value : (S*)NULL, tensor(m, l, kind)->cols, N);
     if (gpu.is_fp8) d.q = gpu.x, d.qt = m->training ? gpu.xt[kind][slot(m, l)] : NULL;
+    d.format = gpu.is_fp8 ? tensor(m, l, kind)->precision.input : E4M3;
     return d;
 }
-template <class S> static Dest<S> gradient_of(S* value, int always, long W, long N) {
-    Dest<S> d = value_only(always || !gpu.is_fp8 || gpu.full ? value : (S*)NULL, W, N);
-    if (gpu.is_fp8) d.q = gpu.dy, d.qt = gpu.dyt, d.format = E5M2;
+template <class S>
+static Dest<S> gradient_of(const Model* m, int l, int kind, S* value, int always, long N) {
+    const Tensor* t = tensor(m, l, kind);
+    Dest<S> d = value_only(always || !gpu.is_fp8 || gpu.full ? value : (S*)NULL, t->rows, N);
+    if (gpu.is_fp8) d.q = gpu.dy, d.qt = gpu.dyt, d.format = t->precision.gradient;
     return d;
 }
 
@@ -1552,25 +1560,26 @@ template <class S> static const void* weight_gpu(const Model* m, int l, int kind
 template <class S> static void linear_forward_gpu(Model* m, int l, int kind, S* y, const S* value, long N) {
     const Tensor* t = tensor(m, l, kind);
     const long I = t->cols, O = t->rows;
-    const cudaDataType_t type = gpu.is_fp8 ? CUDA_R_8F_E4M3 : gpu.type;
-    stat_gpu(m, stat_row(m, l, kind), t->name, 0, value, N * I, t->operand);
-    stat_gpu(m, stat_row(m, l, kind), t->name, 1, param_gpu(m, l, kind), O * I, t->operand);
-    launch_linear_forward(y, gpu.type, side(gpu.is_fp8 ? (void*)gpu.x : (void*)value, I, 1, type),
-                          side(weight_gpu<S>(m, l, kind), I, 1, type), gpu.is_fp8 ? padded(N) : N, I, O,
-                          t->alpha);
+    stat_gpu(m, stat_row(m, l, kind), t->name, 0, value, N * I, t->precision.input);
+    stat_gpu(m, stat_row(m, l, kind), t->name, 1, param_gpu(m, l, kind), O * I, t->precision.weight);
+    const Side x = side(gpu.is_fp8 ? (void*)gpu.x : (void*)value, I, 1, type_of(t->precision.input));
+    launch_linear_forward(y, gpu.type, x, side(weight_gpu<S>(m, l, kind), I, 1, type_of(t->precision.weight)),
+                          gpu.is_fp8 ? padded(N) : N, I, O, t->alpha);
 }
 // dX = alpha dY W, dW += alpha dY^T X. dy and x: in the stream's format, where they are not FP8.
 template <class S>
 static void linear_backward_gpu(Model* m, int l, int kind, S* dx, const S* dy, const S* x, long N) {
     const Tensor* t = tensor(m, l, kind);
     const long I = t->cols, O = t->rows, Np = gpu.is_fp8 ? padded(N) : N;
-    stat_gpu(m, stat_row(m, l, kind), t->name, 2, dy, N * O, m->precision->gradient);
+    stat_gpu(m, stat_row(m, l, kind), t->name, 2, dy, N * O, t->precision.gradient);
     Side dy_rows = side(dy, O, 1, gpu.type), dy_columns = side(dy, O, 0, gpu.type);
     Side w = side(weight_gpu<S>(m, l, kind), I, 0, gpu.type), x_columns = side(x, I, 0, gpu.type);
     if (gpu.is_fp8) {  // k has to be contiguous: the transposed copies
         fp8* xt = gpu.xt[kind][slot(m, l)];
-        dy_rows = side(gpu.dy, O, 1, CUDA_R_8F_E5M2), dy_columns = side(gpu.dyt, Np, 1, CUDA_R_8F_E5M2);
-        w = side(gpu.wt + t->offset, O, 1, CUDA_R_8F_E4M3), x_columns = side(xt, Np, 1, CUDA_R_8F_E4M3);
+        const cudaDataType_t gradient = type_of(t->precision.gradient);
+        dy_rows = side(gpu.dy, O, 1, gradient), dy_columns = side(gpu.dyt, Np, 1, gradient);
+        w = side(gpu.wt + t->offset, O, 1, type_of(t->precision.weight));
+        x_columns = side(xt, Np, 1, type_of(t->precision.input));
         if (Np > N) {  // rows that are not there count as zero
             CUDA(cudaMemset2DAsync(xt + N, (size_t)Np, 0, (size_t)(Np - N), (size_t)I, stream));
             CUDA(cudaMemset2DAsync(gpu.dyt + N, (size_t)Np, 0, (size_t)(Np - N), (size_t)O, stream));
@@ -1581,10 +1590,10 @@ static void linear_backward_gpu(Model* m, int l, int kind, S* dx, const S* dy, c
 }
 
 template <class S> static void norm_forward_gpu(Model* m, int l, Norm k, Dest<S> out, const S* x, S* sum,
-                                                const S* add, const S* skip, long N) {
+                                                const S* add, const S* skip, Residual r, long N) {
     launch_norm_forward<S>(out, floats_of(m, l, k.mean), floats_of(m, l, k.rstd), sum, x, add, skip,
-                           param_gpu(m, l, k.gain), param_gpu(m, l, k.bias), m->skip_coef,
-                           skip || add ? m->branch_coef : 1.0f, N, m->c.width);
+                           param_gpu(m, l, k.gain), param_gpu(m, l, k.bias), r.skip, r.branch, N,
+                           m->c.width);
 }
 
 // A block's buffers, as in train_us.c. With FP8 only statistics look at the values of norm1, norm2 and g,
@@ -1607,7 +1616,7 @@ template <class S> static void enter_block(Model* m, int l, long N) {
     const BlockGpu<S> b = block_gpu<S>(m, l);
     const int post = m->scheme->norm_last;
     const Dest<S> input = input_of<S>(m, l, QKV, post ? b.before : b.norm1, 0, N);
-    if (!post) norm_forward_gpu<S>(m, l, NORM1, input, b.before, NULL, NULL, NULL, N);
+    if (!post) norm_forward_gpu<S>(m, l, NORM1, input, b.before, NULL, NULL, NULL, NO_SUM, N);
     else if (gpu.is_fp8) launch_weighted_sum<S>(input, 1.0f, b.before, 0.0f, NULL, N, m->c.width);
     if (!post) trace_buffer(m, l, A_NORM1, b.norm1, 0, N * m->c.width);
 }
@@ -1618,38 +1627,40 @@ template <class S> static void enter_block(Model* m, int l, long N) {
 template <class S> static void block_forward_gpu(Model* m, int l, long B, long T, int alone) {
     const long C = m->c.width, N = B * T;
     const int post = m->scheme->norm_last, end = l == m->c.layers - 1;
+    const Residual sum1 = residual(m, 2 * l), sum2 = residual(m, 2 * l + 1);
     const BlockGpu<S> b = block_gpu<S>(m, l);
 
     linear_forward_gpu<S>(m, l, QKV, b.qkv, post ? b.before : b.norm1, N);
     trace_buffer(m, l, A_QKV, b.qkv, 0, N * 3 * C);
-    attention_forward_gpu<S>(input_of<S>(m, l, OUT, b.y, 1, N), gpu.lse[slot(m, l)], b.qkv, B, T, C,
-                             m->c.heads, stream);
+    attention_forward_gpu<S>(input_of<S>(m, l, OUT, b.y, 1, N), gpu.lse[slot(m, l)], b.qkv,
+                             m->softmax_scale, m->attention_factor, B, T, C, m->c.heads, stream);
     trace_buffer(m, l, A_Y, b.y, 0, N * C);
     linear_forward_gpu<S>(m, l, OUT, b.out, b.y, N);
     trace_buffer(m, l, A_OUT, b.out, 0, N * C);
     const Dest<S> to_up = input_of<S>(m, l, UP, post ? b.mid : b.norm2, post, N);
-    if (post) norm_forward_gpu<S>(m, l, NORM1, to_up, b.out, NULL, NULL, b.before, N);
-    else norm_forward_gpu<S>(m, l, NORM2, to_up, b.before, b.mid, b.out, NULL, N);
+    if (post) norm_forward_gpu<S>(m, l, NORM1, to_up, b.out, NULL, NULL, b.before, sum1, N);
+    else norm_forward_gpu<S>(m, l, NORM2, to_up, b.before, b.mid, b.out, NULL, sum1, N);
     trace_buffer(m, l, A_MID, b.mid, 0, N * C);
 
     if (!post) trace_buffer(m, l, A_NORM2, b.norm2, 0, N * C);
     linear_forward_gpu<S>(m, l, UP, b.up, post ? b.mid : b.norm2, N);
     trace_buffer(m, l, A_UP, b.up, 0, N * 4 * C);
     const Activation activation = (Activation)m->c.activation;
-    launch_activation<S>(input_of<S>(m, l, DOWN, b.g, 0, N), b.up, NULL, activation, N, 4 * C);
+    launch_activation<S>(input_of<S>(m, l, DOWN, b.g, 0, N), b.up, NULL, activation, m->act_in, m->act_out, N,
+                         4 * C);
     trace_buffer(m, l, A_G, b.g, 0, N * 4 * C);
     linear_forward_gpu<S>(m, l, DOWN, b.down, b.g, N);
     trace_buffer(m, l, A_DOWN, b.down, 0, N * C);
     if (post) {
         const Dest<S> x = alone ? value_only((S*)NULL, C, N) : value_only(b.x, C, N);
         norm_forward_gpu<S>(m, l, NORM2, end || alone ? x : input_of<S>(m, l + 1, QKV, b.x, 1, N), b.down,
-                            NULL, NULL, b.mid, N);
+                            NULL, NULL, b.mid, sum2, N);
     } else if (end) {
         const Dest<S> lnf = value_only(act<S>(m, 0, A_LNF), C, N);
-        norm_forward_gpu<S>(m, 0, FINAL, lnf, b.mid, b.x, b.down, NULL, N);
+        norm_forward_gpu<S>(m, 0, FINAL, lnf, b.mid, b.x, b.down, NULL, sum2, N);
     } else if (!alone) {
         const Dest<S> to_qkv = input_of<S>(m, l + 1, QKV, block_gpu<S>(m, l + 1).norm1, 0, N);
-        norm_forward_gpu<S>(m, l + 1, NORM1, to_qkv, b.mid, b.x, b.down, NULL, N);
+        norm_forward_gpu<S>(m, l + 1, NORM1, to_qkv, b.mid, b.x, b.down, NULL, sum2, N);
     }
     trace_buffer(m, l, A_X, b.x, 0, N * C);
     if (!post && !end && !alone) trace_buffer(m, l + 1, A_NORM1, block_gpu<S>(m, l + 1).norm1, 0, N * C);
@@ -1671,7 +1682,7 @@ template <class S> static void forward_gpu(Model* m, long B, long T) {
     S* lnf = act<S>(m, 0, A_LNF);
     if (post)
         norm_forward_gpu<S>(m, 0, FINAL, value_only(lnf, C, N), stream_before_gpu<S>(m, m->c.layers), NULL,
-                            NULL, NULL, N);
+                            NULL, NULL, NO_SUM, N);
     trace_buffer(m, 0, A_LNF, lnf, 0, N * C);
 }
 
@@ -1694,7 +1705,7 @@ template <class S> static void logits_backward_gpu(Model* m, long row, long n) {
 // at a time.
 template <class S> static void head_gpu(Model* m, long N, int want_gradient) {
     const long C = m->c.width, V = m->c.vocab;
-    const Format f = m->head_precision->operand;
+    const Format f = tensor(m, 0, HEAD)->precision.input;
     const int row_of_stats = stat_row(m, 0, HEAD);
     S *logits = act<S>(m, 0, A_LOGITS), *lnf = act<S>(m, 0, A_LNF);
     float* losses = floats_of(m, 0, A_LOSSES);
@@ -1720,47 +1731,52 @@ template <class S> static void head_gpu(Model* m, long N, int want_gradient) {
 // ---- Backward ---------------------------------------------------------------------------------------------
 template <class S>
 static void norm_backward_gpu(Model* m, int l, Norm k, Dest<S> out, S* sum, const S* dout, const S* dskip,
-                              const S* x, float coef, int last, long N) {
+                              const S* x, Residual r, int last, long N) {
     launch_norm_backward<S>(out, sum, grad_gpu(m, l, k.gain), grad_gpu(m, l, k.bias), gpu.partial, dout,
                             dskip, x, floats_of(m, l, k.mean), floats_of(m, l, k.rstd),
-                            param_gpu(m, l, k.gain), m->skip_coef, coef, last, N, m->c.width);
+                            param_gpu(m, l, k.gain), r.skip, r.branch, last, N, m->c.width);
 }
 
-// As in train_us.c, but that us's sum dx = skip_coef dx + din waits for the LayerNorm that is next: they are
-// one kernel. After block 0 it is left over.
+// As in train_us.c, but where LayerNorm ends a branch the sum dx = skip dx + din of the branch above waits
+// for the LayerNorm that is next: they are one kernel, with the skip of the one and the branch of the other.
+// After block 0 it is left over.
 template <class S> static void block_backward_gpu(Model* m, int l, long B, long T) {
     const long C = m->c.width, N = B * T;
     const int post = m->scheme->norm_last, top = l == m->c.layers - 1;
+    const Residual sum1 = residual(m, 2 * l), sum2 = residual(m, 2 * l + 1), above = residual(m, 2 * l + 2);
     const BlockGpu<S> b = block_gpu<S>(m, l);
     S *dx = act<S>(m, 0, D_X), *dout = post ? act<S>(m, 0, D_BRANCH) : dx, *ddown = dout;
     S *dy = act<S>(m, 0, D_NARROW), *din = dy, *dg = act<S>(m, 0, D_WIDE), *dup = dg, *dqkv = dg;
 
-    if (post) norm_backward_gpu<S>(m, l, NORM2, gradient_of<S>(ddown, 0, C, N), dx, top ? dx : din,
-                                 top ? (S*)NULL : dx, b.down, m->branch_coef, 1, N);
+    const Residual r2 = {above.skip, sum2.branch}, r1 = {sum2.skip, sum1.branch};
+    if (post) norm_backward_gpu<S>(m, l, NORM2, gradient_of<S>(m, l, DOWN, ddown, 0, N), dx, top ? dx : din,
+                                   top ? (S*)NULL : dx, b.down, r2, 1, N);
     if (post && !top) trace_buffer(m, l + 1, D_X, dx, 0, N * C);
-    trace_buffer(m, l, D_BRANCH, ddown, 0, N * C);
+    if (post) trace_buffer(m, l, D_BRANCH, ddown, 0, N * C);
     linear_backward_gpu<S>(m, l, DOWN, dg, ddown, b.g, N);
     trace_buffer(m, l, D_WIDE, dg, 0, N * 4 * C);
-    launch_activation<S>(gradient_of<S>(dup, 0, 4 * C, N), b.up, dg, (Activation)m->c.activation, N, 4 * C);
+    launch_activation<S>(gradient_of<S>(m, l, UP, dup, 0, N), b.up, dg, (Activation)m->c.activation,
+                         m->act_in, m->act_out, N, 4 * C);
     trace_buffer(m, l, D_WIDE, dup, 0, N * 4 * C);
     linear_backward_gpu<S>(m, l, UP, din, dup, post ? b.mid : b.norm2, N);
     trace_buffer(m, l, D_NARROW, din, 0, N * C);
-    if (post) norm_backward_gpu<S>(m, l, NORM1, gradient_of<S>(dout, 0, C, N), dx, din, dx, b.out,
-                                 m->branch_coef, 1, N);
-    else norm_backward_gpu<S>(m, l, NORM2, gradient_of<S>(dx, 1, C, N), NULL, din, dx, b.mid, 1.0f, 0, N);
+    const Dest<S> to_out = gradient_of<S>(m, l, OUT, dout, !post, N);
+    if (post) norm_backward_gpu<S>(m, l, NORM1, to_out, dx, din, dx, b.out, r1, 1, N);
+    else norm_backward_gpu<S>(m, l, NORM2, to_out, NULL, din, dx, b.mid, sum2, 0, N);
     trace_buffer(m, l, D_X, dx, 0, N * C);
 
-    trace_buffer(m, l, D_BRANCH, dout, 0, N * C);
+    if (post) trace_buffer(m, l, D_BRANCH, dout, 0, N * C);
     linear_backward_gpu<S>(m, l, OUT, dy, dout, b.y, N);
     trace_buffer(m, l, D_NARROW, dy, 0, N * C);
-    attention_backward_gpu<S>(gradient_of<S>(dqkv, 0, 3 * C, N), gpu.delta, dy, b.y, b.qkv,
-                              gpu.lse[slot(m, l)], B, T, C, m->c.heads, stream);
+    attention_backward_gpu<S>(gradient_of<S>(m, l, QKV, dqkv, 0, N), gpu.delta, dy, b.y, b.qkv,
+                              gpu.lse[slot(m, l)], m->softmax_scale, m->attention_factor, B, T, C, m->c.heads,
+                              stream);
     trace_buffer(m, l, D_WIDE, dqkv, 0, N * 3 * C);
     linear_backward_gpu<S>(m, l, QKV, din, dqkv, post ? b.before : b.norm1, N);
     trace_buffer(m, l, D_NARROW, din, 0, N * C);
     if (post) return;
-    norm_backward_gpu<S>(m, l, NORM1, l ? gradient_of<S>(dx, 1, C, N) : value_only(dx, C, N), NULL, din, dx,
-                         b.before, 1.0f, 0, N);
+    const Dest<S> next = l ? gradient_of<S>(m, l - 1, DOWN, dx, 1, N) : value_only(dx, C, N);
+    norm_backward_gpu<S>(m, l, NORM1, next, NULL, din, dx, b.before, sum1, 0, N);
     trace_buffer(m, l, D_X, dx, 0, N * C);
 }
 
@@ -1769,8 +1785,9 @@ template <class S> static void backward_gpu(Model* m, long B, long T) {
     const long C = m->c.width, N = B * T;
     const int post = m->scheme->norm_last, stats_on = m->stats_on, tracing = gpu.tracing;
     S *dx = act<S>(m, 0, D_X), *dlnf = act<S>(m, 0, D_BRANCH), *din = act<S>(m, 0, D_NARROW);
-    norm_backward_gpu<S>(m, 0, FINAL, post ? value_only(dx, C, N) : gradient_of<S>(dx, 1, C, N), NULL, dlnf,
-                         NULL, stream_before_gpu<S>(m, m->c.layers), 1.0f, 0, N);
+    const int l_end = m->c.layers - 1;
+    norm_backward_gpu<S>(m, 0, FINAL, post ? value_only(dx, C, N) : gradient_of<S>(m, l_end, DOWN, dx, 1, N),
+                         NULL, dlnf, NULL, stream_before_gpu<S>(m, m->c.layers), NO_SUM, 0, N);
     trace_buffer(m, 0, D_X, dx, 0, N * C);
     for (int l = m->c.layers - 1; l >= 0; l--) {
         if (m->c.recompute && l < m->c.layers - 1) {
@@ -1782,7 +1799,7 @@ template <class S> static void backward_gpu(Model* m, long B, long T) {
         block_backward_gpu<S>(m, l, B, T);
     }
     if (post) {
-        launch_weighted_sum<S>(value_only(dx, C, N), m->skip_coef, dx, 1.0f, din, N, C);
+        launch_weighted_sum<S>(value_only(dx, C, N), residual(m, 0).skip, dx, 1.0f, din, N, C);
         trace_buffer(m, 0, D_X, dx, 0, N * C);
     }
     const int *order = gpu.batch + 2 * m->rows, *starts = order + m->rows;
@@ -1797,23 +1814,22 @@ template <class S> static void micro_gpu(Model* m) {  // one batch, from tokens 
     backward_gpu<S>(m, m->c.batch, m->c.seq);
 }
 // A tensor takes its step, or only has its copies made.
-template <class S> static void update_tensor_gpu(const Tensor* t, int copies_only) {
-    const int head = t->kind == &TENSORS[HEAD], hidden = t->kind->hidden;
+template <class S> static void update_tensor_gpu(const Model* m, const Tensor* t, int copies_only) {
     const long o = t->offset;
     Dest<S> copy = {NULL, NULL, NULL, t->cols, t->rows, E4M3};
-    if (hidden && gpu.w16) copy.out = (S*)gpu.w16 + o;
-    if (hidden && gpu.is_fp8) copy.q = gpu.w + o, copy.qt = gpu.wt ? gpu.wt + o : NULL;
-    if (head) copy.out = (S*)gpu.head;
+    if (is_hidden(t) && gpu.w16) copy.out = (S*)gpu.w16 + o;
+    if (is_hidden(t) && gpu.is_fp8) copy.q = gpu.w + o, copy.qt = gpu.wt ? gpu.wt + o : NULL;
+    if (t->use == LOGITS) copy.out = (S*)gpu.head;
     if (!copies_only)
-        launch_update<S>(copy, gpu.params + o, gpu.m + o, gpu.v ? gpu.v + o : NULL, gpu.grads + o, gpu.rates,
-                         gpu.result, t->lr_factor, t->kind->decays, t->rows, t->cols);
+        launch_update<S>(copy, gpu.params + o, gpu.m + o, gpu.v ? gpu.v + o : NULL, gpu.grads + o,
+                         gpu.rates + (t - m->tensors), gpu.result, t->rows, t->cols);
     else if (copy.out || copy.q)
-        launch_update<S>(copy, gpu.params + o, NULL, NULL, NULL, NULL, NULL, -1.0f, 0, t->rows, t->cols);
+        launch_update<S>(copy, gpu.params + o, NULL, NULL, NULL, NULL, NULL, t->rows, t->cols);
 }
 template <class S>
 static void finish_gpu(Model* m) {  // norm, is all finite, update, and the result to the host
     launch_gradient_norm(gpu.result, gpu.sums, gpu.grads, gpu.chunks, gpu.num_chunks);
-    for (int i = 0; i < m->num_tensors; i++) update_tensor_gpu<S>(&m->tensors[i], 0);
+    for (int i = 0; i < m->num_tensors; i++) update_tensor_gpu<S>(m, &m->tensors[i], 0);
     CUDA(cudaMemcpyAsync(gpu.host_result, gpu.result, sizeof(Result), cudaMemcpyDeviceToHost, stream));
 }
 
@@ -1854,8 +1870,9 @@ static void upload_batch(const int* from, long ints) {
 
 // The step itself; the result, once the GPU gets there.
 template <class S> static void finish_step(Model* m, double lr) {
-    *gpu.host_rates = rates(m, lr);
-    CUDA(cudaMemcpyAsync(gpu.rates, gpu.host_rates, sizeof(Rates), cudaMemcpyHostToDevice, stream));
+    const size_t n = (size_t)m->num_tensors;
+    for (size_t i = 0; i < n; i++) gpu.host_rates[i] = rates(m, &m->tensors[i], lr);
+    CUDA(cudaMemcpyAsync(gpu.rates, gpu.host_rates, sizeof(Rates) * n, cudaMemcpyHostToDevice, stream));
     run_graph<S>(&gpu.finish, &gpu.finish_runs, finish_gpu<S>, m);
 }
 static StepResult step_result(Model* m) {
@@ -1900,7 +1917,7 @@ static int is_fp32(const Model* m) { return m->precision->stream == FP32; }
 static double flops_per_token(const Model* m) {
     double weights = (double)m->vp * m->c.width;
     for (int i = 0; i < m->num_tensors; i++)
-        if (m->tensors[i].kind->hidden) weights += (double)m->tensors[i].rows * (double)m->tensors[i].cols;
+        if (is_hidden(&m->tensors[i])) weights += (double)m->tensors[i].rows * (double)m->tensors[i].cols;
     return 6 * weights + 6.0 * m->c.layers * m->c.width * m->c.seq;
 }
 
@@ -1913,7 +1930,7 @@ static void gpu_open(Model* m) {
     if (m->c.batch > 65535 || m->rows > 65535L * TILE)
         die("--batch %d of --seq %d is more than a grid of blocks can hold: use --accum", m->c.batch,
             m->c.seq);
-    gpu.is_fp8 = m->precision->operand == E4M3;
+    gpu.is_fp8 = m->precision->weight == E4M3;
     gpu.native = sm >= 89;
     gpu.type = is_fp32(m) ? CUDA_R_32F : CUDA_R_16BF;
     gpu.staged_at = -1;
@@ -1943,7 +1960,7 @@ static void gpu_open(Model* m) {
         CUDA(cudaMallocHost(&gpu.staged[i], sizeof(int) * (size_t)(ints_of_batch(m) * m->c.accum)));
     CUDA(cudaMallocHost(&gpu.host_stat, sizeof(StatSums) * STAT_PARTS));
     CUDA(cudaMallocHost(&gpu.host_result, sizeof(Result)));
-    CUDA(cudaMallocHost(&gpu.host_rates, sizeof(Rates)));
+    CUDA(cudaMallocHost(&gpu.host_rates, sizeof(Rates) * (size_t)m->num_tensors));
     if (m->training) {
         Chunk* chunks = chunks_of(m, &gpu.num_chunks);
         CUDA(cudaMemcpy(gpu.chunks, chunks, sizeof(Chunk) * (size_t)gpu.num_chunks, cudaMemcpyHostToDevice));
@@ -2049,7 +2066,7 @@ static const float* gpu_get(Model* m, Lasting what, const Tensor* t) {
 static void gpu_put(Model* m, Lasting what, const Tensor* t, const void* values) {
     CUDA(cudaMemcpyAsync(gpu_lasting(what, t), values, sizeof(float) * (size_t)(t->rows * t->cols),
                          cudaMemcpyHostToDevice, stream));
-    if (what == PARAMS) is_fp32(m) ? update_tensor_gpu<float>(t, 1) : update_tensor_gpu<bf16>(t, 1);
+    if (what == PARAMS) is_fp32(m) ? update_tensor_gpu<float>(m, t, 1) : update_tensor_gpu<bf16>(m, t, 1);
     CUDA(cudaStreamSynchronize(stream));  // values may change from here on
 }
 static const char* gpu_utilisation(const Model* m, double rate) {

@@ -92,7 +92,7 @@ static void ask_model(const BenchModel* b, int mode, int vocab, void* memory) {
     Model m;
     model_layout(&m, &c);
     m.training = 1;
-    gpu.is_fp8 = m.precision->operand == E4M3, gpu.type = CUDA_R_16BF;
+    gpu.is_fp8 = m.precision->weight == E4M3, gpu.type = CUDA_R_16BF;
     gpu.x = gpu.dy = gpu.dyt = gpu.w = gpu.wt = (fp8*)memory;
     gpu.params = gpu.grads = (float*)memory, gpu.head = gpu.w16 = memory;
     for (int k = 0; k < BUFFERS; k++) gpu.act[k][0] = memory;

@@ -76,7 +76,7 @@ static void run1(void) {
 static void run2(void) {
     dots();
     attention_backward_plain<bf16><<<dim3((unsigned)T, (unsigned)H, (unsigned)B), 32, 0, stream>>>(
-        to_dqkv(), at<bf16>(dy), at<bf16>(qkv), at<float>(lse), delta, T, D, SCALE);
+        to_dqkv(), at<bf16>(dy), at<bf16>(qkv), at<float>(lse), delta, T, D, SCALE, 1.0f);
     launched("attention backward");
 }
 
@@ -225,7 +225,7 @@ static void run4(void) {
     launched("attention backward, dK and dV");
     CUDA(cudaFuncSetAttribute(attention_backward_q_mma<D>, MOST_SHARED, Backward<D>::BYTES));
     attention_backward_q_mma<D><<<grid(ROWS), MMA_THREADS, Backward<D>::BYTES, stream>>>(
-        to_dqkv(), at<bf16>(dy), at<bf16>(qkv), at<float>(lse), delta, (int)T, C, SCALE);
+        to_dqkv(), at<bf16>(dy), at<bf16>(qkv), at<float>(lse), delta, (int)T, C, SCALE, 1.0f);
     launched("attention backward, dQ");
 }
 
@@ -235,7 +235,7 @@ static void run4(void) {
 // one owner and one order: the same bits in every run.
 static void run5(void) {
     attention_backward_gpu<bf16>(to_dqkv(), delta, at<bf16>(dy), at<bf16>(y), at<bf16>(qkv), at<float>(lse),
-                                 B, T, C, H, stream);
+                                 SCALE, 1.0f, B, T, C, H, stream);
 }
 
 // P and dS in BF16 are off by up to 2^-9, a sum by such a part of its row's size: many units of a value near
@@ -251,11 +251,11 @@ static void open_backward(const long* shape) {
     lse = new_array("lse", INPUT, FP32, H * N);
     dqkv = output("dqkv", BF16, N * 3 * C, 400, 0.5);
     for (long i = 0; i < N * C; i++) dy->value[i] *= sqrtf((float)(i / C % T + 1) / (float)T);
-    attention_forward(y->value = floats((double)(N * C)), qkv->value, B, 0, T, C, H, BF16);
+    attention_forward(y->value = floats((double)(N * C)), qkv->value, SCALE, 1, B, 0, T, C, H, BF16);
     lse->value = floats((double)(H * N));
     attention_lse(lse->value, qkv->value, B, T, C, H);
     encode(dy), encode(y), encode(lse);
-    attention_backward(dqkv->want, dy->value, qkv->value, B, T, C, H, BF16);
+    attention_backward(dqkv->want, dy->value, qkv->value, SCALE, 1, B, T, C, H, BF16);
     output_codes(&codes, &codes_t, dqkv->want, N, 3 * C, E5M2, 0.025);
     delta = space(H * N), dq_sum = space(N * C), P = space(H * N * T), dS = space(H * N * T);
     floor_flops = 5.0 * B * T * T * C, floor_format = BF16;

@@ -68,7 +68,7 @@ static void run1(void) {
 // 256 operations, and each product of 64 values ends in five shuffles.
 static void run2(void) {
     attention_forward_plain<bf16><<<dim3((unsigned)T, (unsigned)H, (unsigned)B), 32, 0, stream>>>(
-        to_y(), at<float>(lse), at<bf16>(qkv), T, D, SCALE);
+        to_y(), at<float>(lse), at<bf16>(qkv), T, D, SCALE, 1.0f);
     launched("attention forward");
 }
 
@@ -241,7 +241,8 @@ static void run5(void) {
 // Version 4 with two buffers each of K and V: the copies of a step run behind the step before. Shared memory
 // grows from 24 to 40 KB, of which four blocks, as many as registers allow, still fit.
 static void run6(void) {
-    attention_forward_gpu<bf16>(to_y(), at<float>(lse), at<bf16>(qkv), B, T, C, H, stream);
+    attention_forward_gpu<bf16>(to_y(), at<float>(lse), at<bf16>(qkv), SCALE / LOG2E, 1.0f, B, T, C, H,
+                                stream);
 }
 
 // V is N(0,1) squared: a sum of positive terms is as exact as they are. P, y and what is wanted are rounded
@@ -254,7 +255,7 @@ static void open_forward(const long* shape) {
         if (i % (3 * C) < D) qkv->value[i] *= 30.0f;
     encode(qkv);
     y = output("y", BF16, B * T * C, 1, 0.12);
-    attention_forward(y->want, qkv->value, B, 0, T, C, H, BF16);
+    attention_forward(y->want, qkv->value, SCALE / LOG2E, 1, B, 0, T, C, H, BF16);
     output_codes(&codes, &codes_t, y->want, B * T, C, E4M3, 0.01);
     lse = output("lse", FP32, B * H * T, 512, 1);  // a score's FP32 sum rounds, and lse may be near zero
     attention_lse(lse->want, qkv->value, B, T, C, H);

@@ -77,7 +77,7 @@ static void run3(void) {
 // One kernel: each byte is read once and written once.
 static void run4(void) {
     const Dest<bf16> to = dest(NULL, codes, codes_t, N, W, dg ? E5M2 : E4M3);
-    launch_activation<bf16>(to, at<bf16>(h), at<bf16>(dg), GELU, N, W);
+    launch_activation<bf16>(to, at<bf16>(h), at<bf16>(dg), GELU, 1, 1, N, W);
 }
 
 static void open_case(const long* shape, bool backward) {
@@ -85,8 +85,8 @@ static void open_case(const long* shape, bool backward) {
     float* want = floats((double)(N * W));
     h = input("h", BF16, N * W, 1.0f);
     dg = backward ? input("dg", BF16, N * W, 1.0f) : NULL;
-    if (backward) activation_backward(want, dg->value, h->value, GELU, N * W, BF16);
-    else activation_forward(want, h->value, GELU, N * W, BF16);
+    if (backward) activation_backward(want, dg->value, h->value, GELU, 1, 1, N * W, BF16);
+    else activation_forward(want, h->value, GELU, 1, 1, N * W, BF16);
     // exp is not the same to the last bit in every compiler: a BF16 value may be one off, and rarely its code
     output_codes(&codes, &codes_t, want, N, W, backward ? E5M2 : E4M3, 0.002);
     value = (bf16*)work_space(sizeof(bf16) * (size_t)(N * W));

@@ -19,7 +19,7 @@ static long O, I;
 static Array *w, *m, *v, *g, *codes, *codes_t, *rates_array, *result;
 
 __device__ static float stepped(float w, float* m, float* v, float g, const Rates& r) {
-    return v ? adamw(w, m, v, g, r.lr, r.decay, r) : lion(w, m, g, r.lr, r.decay);
+    return v ? adamw(w, m, v, g, r) : lion(w, m, g, r);
 }
 
 // ---- 1. A thread a weight; cast and transposition apart ---------------------------------------------------
@@ -75,7 +75,7 @@ static void run2(void) {
 // One kernel, each byte once. It also looks whether all gradients were finite: if not, nothing changes.
 static void run3(void) {
     launch_update<bf16>(dest(NULL, codes, codes_t, O, I, E4M3), at<float>(w), at<float>(m), at<float>(v),
-                        at<float>(g), at<Rates>(rates_array), at<Result>(result), 1.0f, 1, O, I);
+                        at<float>(g), at<Rates>(rates_array), at<Result>(result), O, I);
 }
 
 static void open_case(const long* shape, bool with_v) {
@@ -97,8 +97,8 @@ static void open_case(const long* shape, bool with_v) {
         v = updated("v", FP32, n, 1.0f, 128, 1);
         for (long i = 0; i < n; i++) v->want[i] = v->value[i] = fabsf(v->value[i]);
         encode(v);
-        adamw_update(w->want, m->want, v->want, g->value, n, rates.lr, rates.decay, rates);
-    } else lion_update(w->want, m->want, g->value, n, rates.lr, rates.decay);
+        adamw_update(w->want, m->want, v->want, g->value, n, rates);
+    } else lion_update(w->want, m->want, g->value, n, rates);
     output_codes(&codes, &codes_t, w->want, O, I, E4M3, 1e-4);
     if (padded(O) != O) die("rows of a matrix come in multiples of 16");
 }
