@@ -483,7 +483,7 @@ static void launch_weighted_sum(Dest<S> out, float a, const S* x, float b, const
 }
 
 // ---- Activation -------------------------------------------------------------------------------------------
-// g = b activation(a h), or with `dg` dh = dg * b a activation'(a h), rounded as one product.
+// g = b activation(a h), or with `dg` dh = dg * b activation'(a h), rounded as one product.
 template <class S> static __global__ void __launch_bounds__(THREADS)
 activation_kernel(Dest<S> out, const S* h, const S* dg, Activation kind, float a, float b, long N, long W) {
     __shared__ S tile[TILE * STRIDE];
@@ -494,7 +494,7 @@ activation_kernel(Dest<S> out, const S* h, const S* dg, Activation kind, float a
         load16(v, h + n * W + c);
         if (dg) {
             load16(d, dg + n * W + c);
-            for (int i = 0; i < 16; i++) v[i] = d[i] * (b * a * activation_slope(a * v[i], kind));
+            for (int i = 0; i < 16; i++) v[i] = d[i] * (b * activation_slope(a * v[i], kind));
         } else for (int i = 0; i < 16; i++) v[i] = b * activate(a * v[i], kind);
         fill_tile(tile, v);
     }
@@ -502,9 +502,10 @@ activation_kernel(Dest<S> out, const S* h, const S* dg, Activation kind, float a
     put_tile(out, tile, row0, col0, N);
 }
 template <class S>
-static void launch_activation(Dest<S> out, const S* h, const S* dg, Activation kind, float a, float b, long N,
-                              long W) {
-    activation_kernel<S><<<tiles(N, W), THREADS, 0, stream>>>(out, h, dg, kind, a, b, N, W);
+static void launch_activation(Dest<S> out, const S* h, const S* dg, Activation kind, float in, float factor,
+                              long N, long W) {
+    activation_kernel<S><<<tiles(N, W), THREADS, 0, stream>>>(out, h, dg, kind, in, dg ? factor * in : factor,
+                                                              N, W);
     launched(dg ? "activation backward" : "activation forward");
 }
 

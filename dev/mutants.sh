@@ -67,27 +67,36 @@ formats: NaN is lost in FP8 | s/return bits_float(a > 0x7F800000u ? u : r);/retu
 formats: FP8 subnormals are flushed | s/(e < least ? least : e)/(e < least ? 0 : e)/
 formats: BF16 ties go away from zero | s/(u + 0x7FFFu + ((u >> 16) \& 1u))/(u + 0x8000u)/
 formats: FP8 is not rounded from BF16 | s/round_fp8(round_bf16(x), format)/round_fp8(x, format)/
-formats: gradients in E4M3 | s/{"fp8", BF16, E4M3, E5M2}/{"fp8", BF16, E4M3, E4M3}/
-formats: weights and inputs in E5M2 | s/{"fp8", BF16, E4M3, E5M2}/{"fp8", BF16, E5M2, E5M2}/
-formats: logits are not rounded | s/m->head_precision = m->precision->stream == FP32 ? \&PRECISIONS\[0\] : \&PRECISIONS\[1\]/m->head_precision = \&PRECISIONS[0]/
+formats: gradients in E4M3 | s/end_input = E4M3, .gradient = E5M2/end_input = E4M3, .gradient = E4M3/
+formats: weights and inputs in E5M2 | s/{"fp8", BF16, E4M3, E4M3, E5M2}/{"fp8", BF16, E5M2, E5M2, E5M2}/
+formats: logits are not rounded | s/decays(t) ? min_l(c->precision, 1) : 0/0/
 matmul: alpha is dropped | s/out\[j\] = alpha \* sums/out[j] = sums/
 matmul: accumulate is ignored | s/accumulate || k0 > 0/k0 > 0/
 linear: dW without its factor | s/O, I, N, alpha, 1, FP32/O, I, N, 1.0f, 1, FP32/
 linear: dX without its factor | s/N, I, O, alpha, 0, p->stream/N, I, O, 1.0f, 0, p->stream/
-linear: dW from unrounded inputs | s/view(x, 1, I, p->operand)/view(x, 1, I, FP32)/
+linear: dW from unrounded inputs | s/view(x, 1, I, p->input)/view(x, 1, I, FP32)/
 layernorm: another epsilon | s/(float)C + 1e-5f/(float)C + 1e-4f/
 layernorm: the branch's coefficient is missing in backward | s/float d = b \* don\[c\], xh/float d = don[c], xh/
-attention: scores are divided by D | s/1.0f \/ sqrtf((float)D)/1.0f \/ (float)D/
+attention: scores are divided by D | s/c->alpha_attn \/ powf(D, -s->softmax_power)/c->alpha_attn \/ D/
 attention: a row does not see itself | s/seen = t0 + i + 1;/seen = t0 + i + (t0 + i == 0);/
 attention: dK and dV keep only the first rows | s/int add = keys < T;/int add = 0;/
 gelu: another constant | s/0.044715f \* x \* x \* x/0.0447f * x * x * x/
 loss: the largest logit is not subtracted | s/max = z\[v\] > max ? z\[v\] : max;/max = 0;/
 embedding: sum of two rows is not scaled | s/0.70710678f/1.0f/
-scheme: tau and 1-tau swapped | s/m->skip_coef = m->scheme->use_tau ? sqrtf(1.0f - c->tau)/m->skip_coef = m->scheme->use_tau ? sqrtf(c->tau)/
-scheme: head scaled by the root of C | s/head_power = -1.0f/head_power = -0.5f/
-scheme: out and down of sp start as wide as the others | s/residual_power = -0.5f/residual_power = 0.0f/
+scheme: tau and 1-tau swapped | s/{sqrtf(1.0f - tau), sqrtf(tau)}/{sqrtf(tau), sqrtf(1.0f - tau)}/
+scheme: head scaled by the root of C | s/head_power = -1,/head_power = -0.5f,/
+scheme: out and down of sp start as wide as the others | s/residual_power = -0.5f, .true/residual_power = 0, .true/
+scheme: umup's attention and mlp change weights | s/own = i % 2 ? mlp : attention/own = i % 2 ? attention : mlp/
+scheme: umup's earlier branches count twice | s/L + (float)(i \/ 2) \*/L + (float)i */
+scheme: mup's branches by depth, not its root | s/rule == DEPTH ? sqrtf(c->base_layers \/ L)/rule == DEPTH ? c->base_layers \/ L/
+scheme: umup's rates follow the base width | s/s->relative ? r : (float)t->cols;/r;/
+scheme: inputs of out and down of umup in E4M3 | s/.end_input = E5M2/.end_input = E4M3/
+scheme: all gradients are S times the true ones | s/t->grad_scale = m->grad_scale \/ later/t->grad_scale = m->grad_scale/
+scheme: attention's factor is missing in dV | s/keys, D, n, factor, add/keys, D, n, 1.0f, add/
+scheme: the activation's inner factor is missing in backward | s/(out \* in \* slope/(out * slope/
+scheme: what does not learn is in the norm | s/t->lr_factor == 0 ? 0 : pow/pow/
 block: the mlp reads what attention read | s/b.up, post ? b.mid/b.up, post ? before/
-backward: the stream's gradient without sqrt(1-tau) | s/weighted_sum(dx, m->skip_coef, dx, 1.0f, din/weighted_sum(dx, 1.0f, dx, 1.0f, din/
+backward: the stream's gradient without sqrt(1-tau) | s/weighted_sum(dx, sum2.skip, dx, 1.0f, din/weighted_sum(dx, 1.0f, dx, 1.0f, din/
 backward: S without the accumulated batches | s/(double)m->rows \* c->accum \* pow/(double)m->rows * pow/
 accumulation: each batch starts the gradient anew | s/        r.loss += model_loss/        memset(m->grads, 0, sizeof(float) * (size_t)m->num_params), r.loss += model_loss/
 accumulation: losses are added, not averaged | s/model_loss(m, 1) \/ m->c.accum/model_loss(m, 1)/
@@ -97,11 +106,12 @@ text: temperature is ignored | s/ \/ fmaxf(c->temperature, 1e-6f)//
 loss: padded columns take part | s/for (long v = 0; v < V; v++) sum +=/for (long v = 0; v < Vp; v++) sum +=/
 optimizer: b1 and b2 of Lion swapped | s/b1 = 0.9f, b2 = 0.99f/b1 = 0.99f, b2 = 0.9f/
 optimizer: b1 and b2 of AdamW swapped | s/b1 = 0.9f, b2 = 0.95f/b1 = 0.95f, b2 = 0.9f/
-optimizer: AdamW's epsilon without S | s/(float)(1e-8 \* m->grad_scale)/1e-8f/
+optimizer: AdamW's epsilon without S in sp | s/.true_epsilon = 1/.true_epsilon = 0/
+optimizer: AdamW's epsilon times S in us | s/m->scheme->true_epsilon ? /1 ? /
 optimizer: AdamW's bias correction one step late | s/(double)m->step + 1)/(double)m->step + 2)/g
 optimizer: width rule with C, not its root | s/lr_power = -0.5f/lr_power = -1.0f/
 optimizer: decay follows the learning rate | s/(float)(lr \/ m->c.lr)/(float)lr/
-optimizer: gains decay | s/\(.name = "ln1.gain".*\).decays = 0/\1.decays = 1/
+optimizer: gains decay | s/return t->use <= LOGITS; }/return t->use <= GAIN; }/
 schedule: falls to zero | s/0.1 + 0.45 \*/0.0 + 0.5 */
 data: a target is its own input | s/targets\[i - 1\] = token/if (i < T) targets[i] = token/
 data: validation text is trained on | s/train->count = val->start = tokens.count - val->count/val->start = tokens.count - val->count, train->count = tokens.count/
@@ -128,8 +138,8 @@ gpu: row off by one | s/const long at = (row0 + r) \* d.W/const long at = (row0 
 gpu: a tile is not transposed | s/tile\[(r + i) \* stride + c\]/tile[c * stride + r + i]/
 gpu: a scale pointer | s/^    p->b = s->k_b ? layout/    static float one = 1; static const float* scale = \&one; LT(cublasLtMatmulDescSetAttribute(p->operation, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, \&scale, sizeof scale));\n&/
 gpu: NN layout in FP8 | s/w = side(gpu.wt + t->offset, O, 1/w = side(gpu.w + t->offset, I, 0/
-gpu: E5M2 by E5M2 | s/x_columns = side(xt, Np, 1, CUDA_R_8F_E4M3)/x_columns = side(xt, Np, 1, CUDA_R_8F_E5M2)/
-gpu: gradients in E4M3 | s/d.format = E5M2;/d.format = E4M3;/
+gpu: E5M2 by E5M2 | s/x_columns = side(xt, Np, 1, type_of(t->precision.input))/x_columns = side(xt, Np, 1, CUDA_R_8F_E5M2)/
+gpu: gradients in E4M3 | s/d.format = t->precision.gradient;/d.format = E4M3;/
 gpu: padded rows are not zero | s/if (Np > N) {/if (0) {/
 gpu: dW without its factor | s/O, I, N, alpha, 1, 0);/O, I, N, 1.0f, 1, 0);/
 gpu: dW does not accumulate | s/const float beta = (float)add;/const float beta = 0;/
@@ -147,8 +157,12 @@ gpu: gaps between tensors are not cleared | s/{gpu.params, gpu.m, gpu.v};  \/\/ 
 gpu: rows of an FP8 product are not padded | s/gpu.is_fp8 ? padded(N) : N, I, O,/N, I, O,/
 gpu: no room for padded rows | s/ : gpu.is_fp8 ? Np : N;/ : N;/
 gpu, short sums: dX is 5 % too large | s/dy_rows, w, Np, I, O, t->alpha/dy_rows, w, Np, I, O, 1.05f * t->alpha/
-gpu, short sums: Y is 5 % too large | s/^                          t->alpha);/                          1.05f * t->alpha);/
-gpu, short sums: gradients in E4M3 | s/d.format = E5M2;/d.format = E4M3;/
+gpu, short sums: Y is 5 % too large | s/: N, I, O, t->alpha);/: N, I, O, 1.05f * t->alpha);/
+gpu, short sums: gradients in E4M3 | s/d.format = t->precision.gradient;/d.format = E4M3;/
+gpu: attention's factor is missing in dP | s/(factor \* ds\[n\]\[i\]/(ds[n][i]/
+gpu: the skip of another branch | s/r2 = {above.skip/r2 = {sum2.skip/
+gpu: the activation's inner factor is missing | s/activate(a \* v\[i\], kind)/activate(v[i], kind)/
+gpu: one tensor's rates for all | s/gpu.rates + (t - m->tensors)/gpu.rates/
 gpu: attention sees the next token | s/rows_are_keys ? ahead < 0 : ahead > 0/rows_are_keys ? ahead < -1 : ahead > 1/
 lab gelu: codes of values that are not BF16 | s/fp8x2(round_s<bf16>(y)/fp8x2((y)/
 lab gelu: one value of sixteen is not rounded | s/for (int k = 0; k < 16; k++)$/for (int k = 1; k < 16; k++)/

@@ -19,7 +19,8 @@ import time
 TRAINER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "train_us")
 WIDTHS = [32, 64, 128, 256]
 # Rates in octaves from the lowest; it depends on what an optimizer's step is relative to a weight of this scheme.
-LOWEST = {("us", "adamw"): 0.01, ("sp", "adamw"): 0.0005, ("us", "lion"): 0.00125, ("sp", "lion"): 0.00003125}
+LOWEST = {("us", "adamw"): 0.01, ("sp", "adamw"): 0.0005, ("mup", "adamw"): 0.000125, ("umup", "adamw"): 0.03125,
+          ("us", "lion"): 0.00125, ("sp", "lion"): 0.00003125, ("mup", "lion"): 0.00003125, ("umup", "lion"): 0.03125}
 OCTAVES = 8
 
 
@@ -41,11 +42,12 @@ def main():
     parser.add_argument("input")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--schemes", nargs="+", default=sorted({kind[0] for kind in LOWEST}))
     args = parser.parse_args()
     if not os.access(TRAINER, os.X_OK):
         sys.exit("rates.py: there is no ./train_us: make it first")
     jobs = {(kind, width, LOWEST[kind] * 2 ** octave): None
-            for kind in LOWEST for width in WIDTHS for octave in range(OCTAVES)}
+            for kind in LOWEST if kind[0] in args.schemes for width in WIDTHS for octave in range(OCTAVES)}
     start = time.time()
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         futures = {pool.submit(run, args, *kind, width, rate): (kind, width, rate) for kind, width, rate in jobs}
@@ -53,7 +55,7 @@ def main():
             jobs[futures[future]] = future.result()
             print(f"\r{n} of {len(jobs)} runs, {time.time() - start:.0f} s", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    for kind in LOWEST:
+    for kind in {job[0]: None for job in jobs}:
         print(f"\n{kind[0]}, {kind[1]}, {args.steps} steps\n\n| rate | " + " | ".join(f"C = {w}" for w in WIDTHS) +
               " |\n|---|" + "---|" * len(WIDTHS))
         best = {w: min(jobs[kind, w, LOWEST[kind] * 2 ** o] for o in range(OCTAVES)) for w in WIDTHS}
