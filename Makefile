@@ -2,6 +2,7 @@
 # make train        train on this project's sources  make bench    speed on the CPU, and where the time goes
 # make train_us_cuda    the GPU trainer (needs the CUDA Toolkit); make gpu: all there is to try and time on a GPU
 # make train_us_emu     the GPU trainer on a CPU (dev/emu); make -C dev/cuda check: its kernels, version by version
+# make paper        the claims of the papers, measured: dev/paper (an hour; python dev/paper/run.py --list)
 # make CC=clang   another compiler; make OMP= builds without OpenMP
 CC ?= gcc
 ifeq ($(origin CC),default)
@@ -159,6 +160,10 @@ train: train_us out/self.txt
 bench: bench_us
 	./bench_us
 
+# Needs the text of data/tinyshakespeare.sh, and matplotlib for the pictures. What is done already is not done again.
+paper: train_us
+	python3 dev/paper/run.py all
+
 # Breaks the trainer in named ways, one at a time, and shows that the tests catch each.
 mutants: test_us out/emu.o
 	dev/mutants.sh
@@ -185,5 +190,5 @@ clean:
 	  test_us_emu_race test_us_cuda test_us_plain bench_us bench_gpu probe_gpu out .flags .flags_cuda .flags_emu \
 	  $(basename $(wildcard dev/cuda/*.cu))
 
-.PHONY: all test test_emu train bench mutants fuzz sanitize sanitize_emu gpu gpu_probe gpu_test gpu_bench bench_gpu_emu probe_gpu_emu clean FORCE
+.PHONY: all test test_emu train bench paper mutants fuzz sanitize sanitize_emu gpu gpu_probe gpu_test gpu_bench bench_gpu_emu probe_gpu_emu clean FORCE
 .SECONDARY:
