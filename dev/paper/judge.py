@@ -6,6 +6,8 @@ those are written by hand, in README.md. Standard library only.
 import math
 
 INF = float("inf")
+CLIFF = 0.4  # so much loss more within two values above the best (mostly rates: octaves) is no parabola
+GUESS = math.log(256)  # loss of guessing a byte
 
 
 def text(loss):
@@ -68,18 +70,18 @@ def optimum(curve):
     best = min((x for x in loss if len(curve[x]) == most), key=loss.get)
     grid = list(loss)
     at = grid.index(best)
+    cliff = "~" if max(loss[x] for x in grid[at:at + 3]) > loss[best] + CLIFF else ""
     found = {"grid": best, "loss": loss[best], "x": best, "mark": "", "low": best, "high": best}
     near = grid[max(0, at - 1):at + 2]
     if len(near) < 3 and len(grid) > 1:
         return {**found, "mark": " (end)"}
     if len(near) < 3 or INF in [loss[x] for x in near]:
-        return {**found, "mark": "~" if len(near) == 3 else ""}
+        return {**found, "mark": cliff}
     lowest = lambda at: 2 ** vertex([(math.log2(x), at(x)) for x in near])
     seeds = set.intersection(*(set(curve[x]) for x in near))
     single = [lowest(lambda x: curve[x][seed]) for seed in seeds if INF not in [curve[x][seed] for x in near]]
-    rises = sorted(loss[x] - loss[best] for x in (near[0], near[2]))
-    return {**found, "x": lowest(loss.get), "mark": "~" if rises[1] > max(4 * rises[0], 0.05) else "",
-            "low": min(single, default=best), "high": max(single, default=best)}
+    return {**found, "x": lowest(loss.get), "mark": cliff, "low": min(single, default=best),
+            "high": max(single, default=best)}
 
 
 def optima(e, rows):
@@ -229,12 +231,12 @@ def searched(rows, series):
 def transfer_errors(rows, series):
     """
     {(a, b): error}: b, tuned where a is not at its best, used where it is. Mean over the other values of a of
-    loss(best a, its b) - loss(best a, best b), as u-µP's appendix defines it.
+    loss(best a, its b) - loss(best a, best b), as u-µP's appendix defines it. Diverged is as bad as guessing.
     """
     found = {}
     for r in rows:
         if r["series"] == series and r["phase"] == "pair":
-            found.setdefault((r["a"], r["b"]), {})[r[r["a"]], r[r["b"]]] = r["loss"]
+            found.setdefault((r["a"], r["b"]), {})[r[r["a"]], r[r["b"]]] = min(r["loss"], GUESS)
     errors = {}
     for (a, b), grid in found.items():
         for names, at in (((a, b), dict(grid)), ((b, a), {(y, x): v for (x, y), v in grid.items()})):

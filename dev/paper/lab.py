@@ -132,8 +132,9 @@ class Lab:
                 if self.mode == "run" and (sys.stderr.isatty() or time.time() > shown + 20 or n == len(todo)):
                     shown = time.time()
                     end = "\r" if sys.stderr.isatty() and n < len(todo) else "\n"
-                    print(f"{self.name}: {n} of {len(todo)} runs, {int(left) // 60}:{int(left) % 60:02} left ",
-                          end=end, file=sys.stderr, flush=True)
+                    clock = f"{int(left) // 60}:{int(left) % 60:02}"
+                    print(f"{self.name}: {n} of {len(todo)} runs, {clock} left ", end=end, file=sys.stderr,
+                          flush=True)
         except BaseException:
             with self.lock:
                 self.stopping = True
