@@ -1183,12 +1183,6 @@ static void matmul(float* out, long ld, Operand a, Operand b, long M, long N, lo
 }
 
 // ---- A model's memory ----------------------------------------------------------------------------------
-// A smaller batch in the same buffers, as the last of a validation is.
-static void model_batch(Model* m, long batch) {
-    m->c.batch = (int)batch;
-    m->rows = batch * m->c.seq;
-}
-
 static float* floats(double n) { return (float*)alloc(4.0 * n); }
 static void model_alloc_params(Model* m, int training) {
     m->training = training;
@@ -2260,22 +2254,21 @@ static void val_read(const Model* m, const Split* val, long first, long n) {
     }
 }
 static int stopping(const Model* m) { return stop_signal && m->step < m->c.steps; }
-static double validate(Model* m, const Device* device, const Split* val) {
-    const long B = m->c.batch, windows = val_windows(&m->c, val);
+static double validate(const Model* m, const Device* device, const Split* val) {
+    const long windows = val_windows(&m->c, val);
+    Model part = *m;  // in the same buffers, a batch that is smaller at the end
     double sum = 0;
-    for (long i = 0; i < windows && !stopping(m); i += B) {
-        const long n = min_l(B, windows - i);
-        model_batch(m, n);  // the last one may be smaller
-        val_read(m, val, i, n);
-        sum += device->loss(m) * (double)n;
+    for (long i = 0; i < windows && !stopping(m); i += m->c.batch) {
+        part.c.batch = (int)min_l(m->c.batch, windows - i);
+        part.rows = (long)part.c.batch * m->c.seq;
+        val_read(m, val, i, part.c.batch);
+        sum += device->loss(&part) * part.c.batch;
     }
-    model_batch(m, B);
     return stopping(m) ? NAN : sum / (double)windows;
 }
 
 // The run under way. Whatever ends it (its last step, a signal, an error) calls save_at_end.
-static struct { Model* m; const Device* device; long batch, first, sequence, saved; double saved_at; }
-    current;
+static struct { Model* m; const Device* device; long first, sequence, saved; double saved_at; } current;
 static double save_seconds = 600;  // what a run may lose by a power cut
 static int save(void) {
     Model* m = current.m;
@@ -2291,8 +2284,7 @@ static int save(void) {
 }
 static void save_at_end(void) {
     last_words = NULL;
-    current.m->sequence = current.sequence;  // an error may come in the middle of reading or validating
-    model_batch(current.m, current.batch);
+    current.m->sequence = current.sequence;  // an error may come in the middle of reading a batch
     if (current.m->step > current.saved && !save()) exit(1);
     const char* path = checkpoint_path(current.m->c.out, current.saved);
     if (current.saved > current.first) printf("saved %s\n", shown(path));
@@ -2314,7 +2306,7 @@ static void train(Model* m, const Device* device, const Split* train, const Spli
     const int terminal = isatty(STDOUT_FILENO), sample = (int)min_l(c->tokens, 256);
     for (long i = 0; i < val_windows(c, val); i++) val_read(m, val, i, 1);  // a bad token ends the run here
     current.m = m, current.device = device, current.saved = current.first = m->step;
-    current.sequence = m->sequence, current.batch = c->batch, current.saved_at = begin;
+    current.sequence = m->sequence, current.saved_at = begin;
     if (*c->out) {
         if (mkdir(c->out, 0777) && errno != EEXIST) die("cannot make --out %s: %s", c->out, strerror(errno));
         if (flock(open(c->out, O_RDONLY), LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK)
