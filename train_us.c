@@ -1456,56 +1456,6 @@ static const void* archive_find(const Archive* a, const char* name, long rows, l
     return e->data;
 }
 
-static void json_write(FILE* f, const char* before, const char* s) {
-    fprintf(f, "%s\"", before);
-    for (; *s; s++) fprintf(f, strchr("\"\\", *s) ? "\\%c" : (uint8_t)*s < 32 ? "\\u%04x" : "%c", *s);
-    fputc('"', f);
-}
-// Into a temporary file, synced, then renamed: a crash or a full disk never costs the file that was there.
-// The caller writes the tensors, in their order, between the two halves. Returns NULL where errno says why.
-static FILE* archive_begin(const Archive* a, const char* path) {
-    char* header = NULL;
-    size_t length = 0;
-    FILE* h = open_memstream(&header, &length);
-    fprintf(h, "{\"__metadata__\":");
-    for (int i = 0; i < a->num_meta; i++) {
-        json_write(h, i ? "," : "{", a->meta[i].name);
-        json_write(h, ":", a->meta[i].value);
-    }
-    for (const Entry* e = a->entries; e < a->entries + a->num_entries; e++) {
-        json_write(h, e > a->entries ? "]}," : "},", e->name);
-        fprintf(h, ":{\"dtype\":\"%s\",\"shape\":[", e->dtype);
-        for (int d = 0; d < e->dims; d++) fprintf(h, d ? ",%ld" : "%ld", e->shape[d]);
-        fprintf(h, "],\"data_offsets\":[%ld,%ld", e->begin, e->end);
-    }
-    fprintf(h, "]}}");
-    while ((ftell(h) + 8) % 64) fputc(' ', h);  // the data begins on a cache line
-    fclose(h);
-    FILE* f = fopen(form("%s.tmp", path), "wb");
-    if (f) fwrite(&length, sizeof length, 1, f), fwrite(header, 1, length, f);
-    free(header);
-    return f;
-}
-// Returns 0, or errno where the file cannot be written.
-static int archive_end(FILE* f, const char* path) {
-    char *temporary = form("%s.tmp", path), *slash;
-    int error = f ? 0 : errno ? errno : EIO;
-    if (f && (fflush(f) != 0 || ferror(f) || fsync(fileno(f)) != 0)) error = errno ? errno : EIO;
-    if (f && fclose(f) != 0 && !error) error = errno;
-    if (!error && rename(temporary, path) != 0) error = errno;
-    if (f && error) unlink(temporary);
-    if ((slash = strrchr(temporary, '/'))) *slash = 0;
-    int dir = open(slash ? temporary : ".", O_RDONLY);  // the new name itself is kept in the directory
-    if (dir >= 0) fsync(dir), close(dir);
-    return error;
-}
-static int archive_write(const Archive* a, const char* path) {
-    FILE* f = archive_begin(a, path);
-    for (int i = 0; f && i < a->num_entries; i++)
-        fwrite(a->entries[i].data, 1, (size_t)(a->entries[i].end - a->entries[i].begin), f);
-    return archive_end(f, path);
-}
-
 // A reader of the JSON that such a header may hold, and no more, from a->next on. It trusts nothing.
 __attribute__((noreturn)) static void json_die(const Archive* a, const char* what) {
     die("%s is not a good safetensors file: %s", a->path, what);
@@ -1951,16 +1901,55 @@ static const char* checkpoint_path(const char* dir, long step) {
 }
 static int lasting(const Model* m) { return !m->training ? 1 : m->c.optimizer == ADAMW ? 3 : 2; }
 static const char* const PREFIXES[2][3] = {{"", "lion.m.", ""}, {"", "adam.m.", "adam.v."}};
+static void json_write(FILE* f, const char* before, const char* s) {
+    fprintf(f, "%s\"", before);
+    for (; *s; s++) fprintf(f, strchr("\"\\", *s) ? "\\%c" : (uint8_t)*s < 32 ? "\\u%04x" : "%c", *s);
+    fputc('"', f);
+}
+// Into a temporary file, synced, then renamed: a crash or a full disk never costs the file that was there.
+// Tensors without data are on the device: a checkpoint's. Returns 0, or errno where it cannot be written.
+static int archive_write(const Archive* a, const char* path, Model* m, const Device* device) {
+    char *header = NULL, *temporary = form("%s.tmp", path), *slash;
+    size_t length = 0;
+    FILE* f = fopen(temporary, "wb");
+    if (!f) return errno;
+    FILE* h = open_memstream(&header, &length);
+    fprintf(h, "{\"__metadata__\":");
+    for (int i = 0; i < a->num_meta; i++) {
+        json_write(h, i ? "," : "{", a->meta[i].name);
+        json_write(h, ":", a->meta[i].value);
+    }
+    for (const Entry* e = a->entries; e < a->entries + a->num_entries; e++) {
+        json_write(h, e > a->entries ? "]}," : "},", e->name);
+        fprintf(h, ":{\"dtype\":\"%s\",\"shape\":[", e->dtype);
+        for (int d = 0; d < e->dims; d++) fprintf(h, d ? ",%ld" : "%ld", e->shape[d]);
+        fprintf(h, "],\"data_offsets\":[%ld,%ld", e->begin, e->end);
+    }
+    fprintf(h, "]}}");
+    while ((ftell(h) + 8) % 64) fputc(' ', h);  // the data begins on a cache line
+    fclose(h);
+    fwrite(&length, sizeof length, 1, f);
+    fwrite(header, 1, length, f);
+    free(header);
+    for (int i = 0; i < a->num_entries && !ferror(f); i++) {
+        const void* data = a->entries[i].data;
+        if (!data) data = device->get(m, (Lasting)(i / m->num_tensors), &m->tensors[i % m->num_tensors]);
+        fwrite(data, 1, (size_t)(a->entries[i].end - a->entries[i].begin), f);
+    }
+    int good = fflush(f) == 0 && !ferror(f) && fsync(fileno(f)) == 0;
+    good = fclose(f) == 0 && good && rename(temporary, path) == 0;
+    const int error = good ? 0 : errno ? errno : EIO;
+    if (error) unlink(temporary);
+    if ((slash = strrchr(temporary, '/'))) *slash = 0;
+    int dir = open(slash ? temporary : ".", O_RDONLY);  // the new name itself is kept in the directory
+    if (dir >= 0) fsync(dir), close(dir);
+    return error;
+}
 static int checkpoint_save(Model* m, const Device* device) {
     Archive a;
     archive_config(&a, m);
     for (int i = PARAMS; i < lasting(m); i++) archive_tensors(&a, m, PREFIXES[m->c.optimizer][i], NULL);
-    FILE* f = archive_begin(&a, checkpoint_path(m->c.out, m->step));
-    for (int i = 0; f && !ferror(f) && i < a.num_entries; i++) {
-        const Tensor* t = &m->tensors[i % m->num_tensors];
-        fwrite(device->get(m, (Lasting)(i / m->num_tensors), t), 4, (size_t)(t->rows * t->cols), f);
-    }
-    const int error = archive_end(f, checkpoint_path(m->c.out, m->step));
+    const int error = archive_write(&a, checkpoint_path(m->c.out, m->step), m, device);
     archive_free(&a);
     return error;
 }
@@ -2107,7 +2096,7 @@ static void dump(Model* m, const Device* device, const Split* train) {
             archive_add(&a, name, "F32", buffer(m, l, k, 0), B, T, dim_of(&m->c, width));
         }
     }
-    const int error = archive_write(&a, m->c.dump);
+    const int error = archive_write(&a, m->c.dump, m, device);
     if (error) die("cannot write %s: %s", m->c.dump, strerror(error));
     archive_free(&a);
     printf("wrote %s\n", shown(m->c.dump));

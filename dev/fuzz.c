@@ -65,7 +65,7 @@ static void read_safetensors(void) {
     archive_read(&archive, "input");
     if (archive.num_entries && archive.num_meta) {  // the trainer writes none without
         qsort(archive.entries, (size_t)archive.num_entries, sizeof(Entry), by_place);  // as it has them
-        archive_write(&archive, "output");
+        archive_write(&archive, "output", NULL, NULL);
         file.data = file.out, file.size = file.out_size;
         must = 1, archive_read(&again, "output");
         int same = archive.num_entries == again.num_entries && archive.num_meta == again.num_meta;
