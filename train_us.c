@@ -1409,12 +1409,10 @@ typedef struct { char *name, *value, *dtype; int dims; long shape[4], begin, end
 typedef struct { Entry *entries, *meta; int num_entries, num_meta; char *path, *text, *next; } Archive;
 
 static Entry* archive_entry(Entry** list, int* n, const char* name) {  // one more
-    if ((*n & (*n - 1)) == 0) {  // the list doubles when n is a power of two
-        Entry* longer = (Entry*)realloc(*list, sizeof(Entry) * (size_t)(*n ? 2 * *n : 1));
-        if (!longer) die("out of memory");
-        *list = longer;
-    }
-    Entry* e = (Entry*)memset(&(*list)[(*n)++], 0, sizeof(Entry));
+    Entry* longer = (Entry*)realloc(*list, sizeof(Entry) * (size_t)(*n + 1));
+    if (!longer) die("out of memory");
+    *list = longer;
+    Entry* e = (Entry*)memset(&longer[(*n)++], 0, sizeof(Entry));
     e->name = copied(name);
     return e;
 }
@@ -1477,9 +1475,8 @@ static int json_more(Archive* a, int n, char open, char close) {
 }
 static unsigned json_hex(const char* p) {  // of the four digits behind \u; 0 is none that can be kept
     char digits[5] = "";  // a copy: sscanf would measure all of the header each time
-    for (int i = 2; i < 6; i++) if (p[0] != '\\' || p[1] != 'u' || !isxdigit((uint8_t)p[i])) return 0;
-    memcpy(digits, p + 2, 4);
-    return (unsigned)strtoul(digits, NULL, 16);
+    if (p[0] != '\\' || p[1] != 'u' || strspn(p + 2, "0123456789ABCDEFabcdef") < 4) return 0;
+    return (unsigned)strtoul((char*)memcpy(digits, p + 2, 4), NULL, 16);
 }
 // A string, unescaped to UTF-8 in the text's own memory: it never gets longer.
 static char* json_string(Archive* a) {
@@ -1524,9 +1521,8 @@ static int json_counts(Archive* a, long* to, int most) {
 static void json_tensor(Archive* a, Entry* e, const uint8_t* data, long size) {
     const char* key;
     long offsets[2];
-    int numbers = -1;
+    int numbers = e->dims = -1;
     double bytes = 4;  // no product of counts can wrap around, and none that fits a file is rounded
-    e->dims = -1;
     for (int n = 0; (key = json_member(a, n)) != NULL; n++) {
         if (!e->dtype && strcmp(key, "dtype") == 0) e->dtype = json_string(a);
         else if (e->dims < 0 && strcmp(key, "shape") == 0) e->dims = json_counts(a, e->shape, 4);
