@@ -1066,15 +1066,13 @@ static double seconds(void) {
 // begin again. 2,000 turns (0.1 ms) are as much as threads differ on an idle machine. A user's setting wins.
 static void wait_briefly(char** argv) {
 #if defined(_OPENMP) && !defined(KMP_VERSION_MAJOR)
-    if (max_threads() == 1 || getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY")) return;
+    char self[PATH_MAX];
     const char* preload = getenv("LD_PRELOAD");
+    if (max_threads() == 1 || getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY")) return;
     if (preload && strstr(preload, "vgpreload")) return;  // valgrind would be left behind
-    char* self = realpath("/proc/self/exe", NULL);
-    if (self && !strstr(self, "/ld-")) {  // ld.so itself, started with this program as its argument
-        setenv("GOMP_SPINCOUNT", "2000", 1);
-        execv(self, argv);  // if that fails, all is as it was
-    }
-    free(self);
+    if (!realpath("/proc/self/exe", self) || strstr(self, "/ld-")) return;  // ld.so, given this program
+    setenv("GOMP_SPINCOUNT", "2000", 1);
+    execv(self, argv);  // if that fails, all is as it was
 #endif
     (void)argv;
 }
