@@ -1037,11 +1037,10 @@ static char* copied(const char* s) {
 static void* alloc(double bytes) {
     void* p = NULL;
     double physical = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
-    size_t n = bytes < physical ? (size_t)bytes + 64 : 0;
-    if (!(bytes < physical) || posix_memalign(&p, 64, n) != 0)
+    if (!(bytes < physical) || posix_memalign(&p, 64, (size_t)bytes + 64) != 0)
         die("%.1f GB of memory wanted, this machine has %.1f: lower --batch, --seq, --width or --layers",
             bytes * 1e-9, physical * 1e-9);
-    return memset(p, 0, n);
+    return memset(p, 0, (size_t)bytes + 64);
 }
 
 static float* scratch(int slot, long n) {
