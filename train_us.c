@@ -1302,18 +1302,10 @@ typedef struct { const uint8_t* p; long count; const char* path; } Shard;
 typedef struct { Shard* shards; int num_shards, bytes_per_token; long count; } Tokens;
 struct Split { const Tokens* tokens; long start, count; };  // a range of them
 
-// A data file cut off under its mapping: whoever reads there gets this signal.
 static const char* volatile being_read = "a file";
-static void on_bus_error(int number) {
+static void on_bus_error(int number) {  // what reads behind the cut of a mapped file gets this signal
     signal(number, SIG_DFL);
     die("%s was cut off while it was read", being_read);
-}
-
-// What a text file that is none looks like, or NULL.
-static const char* not_text(const uint8_t* p, long size) {
-    if (size >= 2 && p[0] == 0x1F && p[1] == 0x8B) return "compressed by gzip";
-    if (size >= 2 && p[0] + p[1] == 0x1FD && (p[0] == 0xFF || p[1] == 0xFF)) return "in UTF-16";
-    return memchr(p, 0, (size_t)min_l(size, 65536)) ? "no text: it has NUL bytes" : NULL;
 }
 
 // Opens a text file as bytes, a .bin shard, or all the shards that a glob pattern names.
@@ -1335,8 +1327,11 @@ static void tokens_open(Tokens* t, const char* pattern) {
         if (width == 2 && (size < 1024 || read_u32(p + 4) != 1 || size != 1024 + 2L * read_u32(p + 8)))
             die("token shard %s is damaged: version or token count do not fit its %ld bytes", path, size);
         if (i > 0 && width != t->bytes_per_token) die("%s mixes token shards and other files", pattern);
-        const char* odd = width == 1 ? not_text(p, size) : NULL;
-        if (odd) printf("note: %s is %s; its bytes are learned as they are\n", shown(path), odd);
+        const int mark = size < 2 ? 0 : p[0] << 8 | p[1], utf16 = mark == 0xFEFF || mark == 0xFFFE;
+        const char* odd = mark == 0x1F8B ? "compressed by gzip" : utf16 ? "in UTF-16"
+                          : memchr(p, 0, (size_t)min_l(size, 65536)) ? "no text: it has NUL bytes" : NULL;
+        if (width == 1 && odd)
+            printf("note: %s is %s; its bytes are learned as they are\n", shown(path), odd);
         t->bytes_per_token = width;
         t->shards[i].p = width == 2 ? p + 1024 : p;
         t->count += t->shards[i].count = width == 2 ? (size - 1024) / 2 : size;
