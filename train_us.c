@@ -1960,16 +1960,14 @@ static void checkpoint_check(const Archive* a, long step) {
             if (!isfinite(x)) die("%s holds values that are not finite, in %s", a->path, a->entries[i].name);
         }
 }
-static void checkpoint_fill(Model* m, const Device* device, Lasting what, const Archive* a,
-                            const char* prefix) {
-    for (const Tensor* t = m->tensors; t < m->tensors + m->num_tensors; t++)
-        device->put(m, what, t, archive_find(a, form("%s%s", prefix, t->name), t->rows, t->cols));
-}
 // All that the file holds, or to generate text only the parameters.
 static void checkpoint_load(Model* m, const Device* device, const Archive* a) {
     const int unknown = a->num_entries - lasting(m) * m->num_tensors;
     for (int i = PARAMS; i < lasting(m); i++)
-        checkpoint_fill(m, device, (Lasting)i, a, PREFIXES[m->c.optimizer][i]);
+        for (const Tensor* t = m->tensors; t < m->tensors + m->num_tensors; t++) {
+            const char* name = form("%s%s", PREFIXES[m->c.optimizer][i], t->name);
+            device->put(m, (Lasting)i, t, archive_find(a, name, t->rows, t->cols));
+        }
     if (m->training && unknown) die("%s holds %d tensors that are not known", a->path, unknown);
     m->step = checkpoint_number(a, "step", 1e15);
     m->sequence = checkpoint_number(a, "sequence", 1e15);
