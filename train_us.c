@@ -1747,9 +1747,9 @@ static const char* option_get(const Config* c, const Option* o) {
     if (o->choices) return choice(name, o->choices, *(const int*)field) ? form("%s", name) : "";
     if (o->type == TEXT) return *(char* const*)field;
     if (o->type == FLOAT) {  // short where that reads back the same
-        const char* brief = form("%g", (double)*(const float*)field);
-        const int exact = strtof(brief, NULL) == *(const float*)field;
-        return exact ? brief : form("%.9g", (double)*(const float*)field);
+        const float x = *(const float*)field;
+        const char* brief = form("%g", (double)x);
+        return strtof(brief, NULL) == x ? brief : form("%.9g", (double)x);
     }
     if (o->type == UINT64) return form("%llu", (unsigned long long)*(const uint64_t*)field);
     return form("%d", *(const int*)field);
@@ -2193,9 +2193,8 @@ static void print_stats(const Model* m, FILE* csv) {
             const Stat* s = &row->stat[k];
             printf("| %5.3g %5.3g %6.2f %5.2f ", s->rms, s->max, 100 * s->flushed, 100 * s->saturated);
             const char* operand = stream ? "stream" : operands[k];
-            if (csv)
-                fprintf(csv, "%ld,%s,%s,%s,%.6g,%.6g,%.6g,%.6g\n", m->step, row->name, operand,
-                        FORMATS[s->format].name, s->rms, s->max, s->flushed, s->saturated);
+            if (csv) fprintf(csv, "%ld,%s,%s,%s,%.6g,%.6g,%.6g,%.6g\n", m->step, row->name, operand,
+                             FORMATS[s->format].name, s->rms, s->max, s->flushed, s->saturated);
         }
         printf("\n");
     }
@@ -2267,10 +2266,9 @@ static void save_at_end(void) {
 // Rows are written at once; a disk that is full costs rows and not the run.
 static void flush_log(FILE* f, const char* dir) {
     static int said;
-    if (!f || (fflush(f) == 0 && !ferror(f))) return;
-    if (!said++)
+    if (f && (fflush(f) != 0 || ferror(f)) && !said++)
         fprintf(stderr, "%s: cannot write the log in %s: %s\n", program, shown(dir), strerror(errno));
-    clearerr(f);
+    if (f) clearerr(f);
 }
 
 static void train(Model* m, const Device* device, const Split* train, const Split* val, const Text* text) {
@@ -2348,8 +2346,7 @@ static void splits_open(Config* c, Split* train, Split* val) {
     if (*c->val) {
         tokens_open(&other, c->val);
         if (other.bytes_per_token != tokens.bytes_per_token) die("--input and --val are not of one kind");
-        const Split all = {&other, 0, other.count};
-        *val = all;
+        val->tokens = &other, val->start = 0, val->count = other.count;
         c->val_data = tokens_hash(&other);
     }
     c->data = tokens_hash(&tokens);
