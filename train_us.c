@@ -991,8 +991,7 @@ static long make_safe(char* text, long n, int rest_follows) {
     return n;
 }
 
-// printf into a string that lasts until 15 more are made.
-static char* form(const char* format, ...) {
+static char* form(const char* format, ...) {  // printf into a string that lasts until 15 more are made
     static char ring[16][9000];
     static int next;
     char* to = ring[next++ % 16];
@@ -1003,8 +1002,7 @@ static char* form(const char* format, ...) {
     return to;
 }
 
-// A path or text of the user's, safe to print in one line.
-static const char* shown(const char* s) {
+static const char* shown(const char* s) {  // a path or text of the user's, safe to print in one line
     char* copy = form("%s", s);
     make_safe(copy, (long)strlen(copy), 0);
     for (char* p = copy; (p = strchr(p, '\n')) != NULL; ) *p = '?';
@@ -1033,8 +1031,7 @@ static char* copied(const char* s) {
     return copy;
 }
 
-// Zeroed memory on a cache line boundary. The size is a double: a product of sizes cannot wrap around.
-static void* alloc(double bytes) {
+static void* alloc(double bytes) {  // zeroed, on a cache line; in double no product of sizes wraps around
     void* p = NULL;
     double physical = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
     if (!(bytes < physical) || posix_memalign(&p, 64, (size_t)bytes + 64) != 0)
@@ -1414,13 +1411,12 @@ static void archive_free(Archive* a) {
     free(a->entries), free(a->meta), free(a->text), free(a->path);
     memset(a, 0, sizeof *a);
 }
-// Adds a tensor of 1 to 3 dimensions to write; dimensions that are 0 are left out.
 static void archive_add(Archive* a, const char* name, const char* dtype, const void* data, long d0, long d1,
                         long d2) {
     Entry* e = archive_entry(&a->entries, &a->num_entries, name);
     e->dtype = (char*)dtype;
     e->data = data;
-    e->dims = d2 ? 3 : d1 ? 2 : 1;
+    e->dims = d2 ? 3 : d1 ? 2 : 1;  // those that are 0 are left out
     e->shape[0] = d0, e->shape[1] = d1, e->shape[2] = d2;
     e->begin = a->num_entries > 1 ? e[-1].end : 0;
     e->end = e->begin + 4 * d0 * (d1 ? d1 : 1) * (d2 ? d2 : 1);
@@ -1458,8 +1454,7 @@ static int json_accept(Archive* a, char c) {
 static void json_expect(Archive* a, char c) {
     if (!json_accept(a, c)) json_die(a, "its header is not the JSON expected");
 }
-// Whether a list or object of which n members are read has another.
-static int json_more(Archive* a, int n, char open, char close) {
+static int json_more(Archive* a, int n, char open, char close) {  // is there a member after the first n?
     if (n == 0) json_expect(a, open);
     if (json_accept(a, close)) return 0;
     if (n > 0) json_expect(a, ',');
@@ -1470,8 +1465,7 @@ static unsigned json_hex(const char* p) {  // of the four digits behind \u; 0 is
     if (p[0] != '\\' || p[1] != 'u' || strspn(p + 2, "0123456789ABCDEFabcdef") < 4) return 0;
     return (unsigned)strtoul((char*)memcpy(digits, p + 2, 4), NULL, 16);
 }
-// A string, unescaped to UTF-8 in the text's own memory: it never gets longer.
-static char* json_string(Archive* a) {
+static char* json_string(Archive* a) {  // unescaped to UTF-8 in the text's own memory: it never gets longer
     static const char escapes[] = "\"\\/bfnrt", meanings[] = "\"\\/\b\f\n\r\t";
     json_expect(a, '"');
     char *start = a->next, *to = start;
@@ -1598,9 +1592,8 @@ static void text_open(Text* t, const char* path) {  // path NULL: bytes
     }
 }
 
-// Prints a token, or its number where there is no table. A character may be cut between tokens: its beginning
-// waits for the rest. Token -1 ends the text.
-static void text_print(const Text* t, int token) {
+// Prints a token, or its number without a table. The beginning of a character that is cut waits for the rest.
+static void text_print(const Text* t, int token) {  // -1 ends the text
     static char held[300];
     static long n;
     const int end = token < 0 || (t->vocab != BYTES_VOCAB && token == t->end);
@@ -1711,8 +1704,7 @@ static const Option OPTIONS[] = {
 };
 static const Option* const OPTIONS_END = OPTIONS + sizeof OPTIONS / sizeof *OPTIONS;
 
-// Copies alternative number i of "a|b|c"; returns whether there is one.
-static int choice(char to[16], const char* choices, int i) {
+static int choice(char to[16], const char* choices, int i) {  // the i-th of "a|b|c": is there one?
     for (int n = 0; sscanf(choices, "%15[^|]%n", to, &n) == 1; choices += n + (choices[n] == '|'))
         if (i-- == 0) return 1;
     return 0;
@@ -1740,8 +1732,7 @@ static void option_set(Config* c, const Option* o, const char* value, const char
         else *(int*)field = (int)whole;
     }
 }
-// The value as option_set reads it back, to the last bit.
-static const char* option_get(const Config* c, const Option* o) {
+static const char* option_get(const Config* c, const Option* o) {  // option_set reads back the same bits
     const char* field = (const char*)c + o->offset;
     char name[16];
     if (o->choices) return choice(name, o->choices, *(const int*)field) ? form("%s", name) : "";
@@ -1857,8 +1848,7 @@ __attribute__((unused)) static const Device CPU = {
     "CPU", 1, model_alloc_buffers, cpu_nothing, NULL, cpu_step, cpu_loss, cpu_trace, cpu_update,
     cpu_next, cpu_nothing, cpu_get, cpu_put, NULL};
 
-// A model as it begins, once the device is open.
-static void model_init(Model* m, const Device* device) {
+static void model_init(Model* m, const Device* device) {  // as it begins, once the device is open
     for (const Tensor* t = m->tensors; t < m->tensors + m->num_tensors; t++) {
         float* w = scratch(SCRATCH_TENSOR, t->rows * t->cols);
         tensor_init(w, m, t);
@@ -1960,10 +1950,9 @@ static void checkpoint_check(const Archive* a, long step) {
             if (!isfinite(x)) die("%s holds values that are not finite, in %s", a->path, a->entries[i].name);
         }
 }
-// All that the file holds, or to generate text only the parameters.
 static void checkpoint_load(Model* m, const Device* device, const Archive* a) {
     const int unknown = a->num_entries - lasting(m) * m->num_tensors;
-    for (int i = PARAMS; i < lasting(m); i++)
+    for (int i = PARAMS; i < lasting(m); i++)  // to generate text, only the parameters
         for (const Tensor* t = m->tensors; t < m->tensors + m->num_tensors; t++) {
             const char* name = form("%s%s", PREFIXES[m->c.optimizer][i], t->name);
             device->put(m, (Lasting)i, t, archive_find(a, name, t->rows, t->cols));
@@ -1972,8 +1961,7 @@ static void checkpoint_load(Model* m, const Device* device, const Archive* a) {
     m->step = checkpoint_number(a, "step", 1e15);
     m->sequence = checkpoint_number(a, "sequence", 1e15);
 }
-// Step of the newest checkpoint in --out before `step`, or -1.
-static long checkpoint_before(const char* dir, long step) {
+static long checkpoint_before(const char* dir, long step) {  // the newest one's step before `step`, or -1
     long newest = -1, found;
     DIR* d = opendir(dir);
     if (!d && errno != ENOENT) die("cannot open --out %s: %s", dir, strerror(errno));
@@ -2022,8 +2010,7 @@ static double group_available(const char* dir, const char* limit, const char* us
     const double cache = file_number(form("%s/memory.stat", dir), "inactive_file ");  // given back on demand
     return isinf(most) ? most : most - file_number(form("%s/%s", dir, used), "") + (isinf(cache) ? 0 : cache);
 }
-// Bytes that this process may still take: of the machine, of its control group (version 2, 1), of ulimit -v.
-static double memory_available(void) {
+static double memory_available(void) {  // bytes that the machine, control group (v2, v1) and ulimit -v leave
     char line[4096], group[2][4096] = {"", ""};
     struct rlimit own = {RLIM_INFINITY, RLIM_INFINITY};
     double least = 1024 * file_number("/proc/meminfo", "MemAvailable:");
@@ -2056,8 +2043,7 @@ static void check_memory(const Model* m, int on_host) {
             (params + kept + one) * 1e-9, available * 1e-9);
 }
 
-// Writes the first step, every tensor of it, for a look from Python (dev/reference.py checks it).
-static void dump(Model* m, const Device* device, const Split* train) {
+static void dump(Model* m, const Device* device, const Split* train) {  // every tensor, for dev/reference.py
     Archive a;
     const long B = m->c.batch, T = m->c.seq, V = m->c.vocab;
     next_batch(m, train);
@@ -2119,10 +2105,9 @@ static int sample_token(const float* logits, const Config* c, long position) {
     return list[k - 1].token;
 }
 
-// Writes `count` tokens after the prompt, keys and values kept; a full window goes on from its second half.
 static void generate(Model* m, const Device* device, const Text* text, int count) {
     const long T = m->c.seq;
-    long length = 0, known = 0;
+    long length = 0, known = 0;  // of the window: its tokens, and those whose keys and values are kept
     int *window = m->inputs, *start = (int*)scratch(SCRATCH_TENSOR, (long)strlen(m->c.prompt) + 1);
     int n = text_encode(text, m->c.prompt, start);
     if (n == 0) start[n++] = text->end;
@@ -2136,7 +2121,7 @@ static void generate(Model* m, const Device* device, const Text* text, int count
         known = length;
         text_print(text, token);
         fflush(stdout);
-        if (length == T) {
+        if (length == T) {  // a full window goes on from its second half
             memmove(window, window + T - T / 2, sizeof(int) * (size_t)(T / 2));
             length = T / 2;
             known = 0;
@@ -2263,8 +2248,7 @@ static void save_at_end(void) {
     const char* path = checkpoint_path(current.m->c.out, current.saved);
     if (current.saved > current.first) printf("saved %s\n", shown(path));
 }
-// Rows are written at once; a disk that is full costs rows and not the run.
-static void flush_log(FILE* f, const char* dir) {
+static void flush_log(FILE* f, const char* dir) {  // at once; a full disk costs rows and not the run
     static int said;
     if (f && (fflush(f) != 0 || ferror(f)) && !said++)
         fprintf(stderr, "%s: cannot write the log in %s: %s\n", program, shown(dir), strerror(errno));
@@ -2355,8 +2339,7 @@ static void splits_open(Config* c, Split* train, Split* val) {
             "use more text or a smaller --seq", train->count, val->count, c->seq);
 }
 
-// From the root: a checkpoint names its data so that it is found from any directory.
-static const char* absolute(const char* path) {
+static const char* absolute(const char* path) {  // so that a checkpoint's data is found from any directory
     char here[4096];
     if (!*path || *path == '/' || !getcwd(here, sizeof here) || strpbrk(here, "*?[\\")) return path;
     return copied(form("%s/%s", here, path));
