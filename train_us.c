@@ -1713,10 +1713,9 @@ static void option_set(Config* c, const Option* o, const char* value, const char
     char *end = NULL, *field = (char*)c + o->offset, name[16];
     if (o->type == TEXT) *(const char**)field = value;
     else if (o->choices) {
-        int i = 0;
-        while (choice(name, o->choices, i) && strcmp(name, value) != 0) i++;
-        if (!choice(name, o->choices, i))
-            die("%s--%s is one of %s, not '%s'", where, o->name, o->choices, value);
+        int i = 0, found;
+        while ((found = choice(name, o->choices, i)) && strcmp(name, value) != 0) i++;
+        if (!found) die("%s--%s is one of %s, not '%s'", where, o->name, o->choices, value);
         *(int*)field = i;
     } else if (strcmp(value, "auto") == 0 && strcmp(o->value, "auto") == 0) *(float*)field = -1;
     else {
@@ -1940,9 +1939,7 @@ static long checkpoint_number(const Archive* a, const char* key, double high) {
         die("%s has no good %s in its metadata", a->path, key);
     return (long)x;
 }
-// What no cut and no JSON shows: values that are not finite, or another step than `step` (-1: any).
-static void checkpoint_check(const Archive* a, long step) {
-    if (step >= 0 && checkpoint_number(a, "step", 1e15) != step) die("%s is of another step", a->path);
+static void checkpoint_check(const Archive* a) {  // for what no cut and no JSON shows: values not finite
     for (int i = 0; i < a->num_entries; i++)
         for (long at = a->entries[i].begin; at < a->entries[i].end; at += 4) {
             float x;  // not aligned, if another's header is not
@@ -1981,7 +1978,8 @@ static int checkpoint_open(Archive* a, const char* dir) {
         die_to = older >= 0 ? &next : NULL;
         if (die_to && setjmp(next)) { die_to = NULL, archive_free(a); continue; }
         archive_read(a, checkpoint_path(dir, step));
-        checkpoint_check(a, step);
+        if (checkpoint_number(a, "step", 1e15) != step) die("%s is of another step", a->path);
+        checkpoint_check(a);
         break;
     }
     die_to = NULL;
@@ -2392,7 +2390,7 @@ __attribute__((unused)) static int run(int argc, char** argv, const Device* devi
     if (c.help || argc < 2) { print_help(); return c.help ? 0 : 1; }
     if (*c.generate && *c.dump) die("--generate and --dump are two things: give one of them");
     if (c.resume && !*c.out) die("--resume needs the --out directory of the run to continue");
-    if (*c.generate) archive_read(&checkpoint, c.generate), checkpoint_check(&checkpoint, -1), loaded = 1;
+    if (*c.generate) archive_read(&checkpoint, c.generate), checkpoint_check(&checkpoint), loaded = 1;
     else if (c.resume) loaded = checkpoint_open(&checkpoint, c.out);
     else if (*c.out && (checkpoint_before(c.out, LONG_MAX) >= 0 || !access(form("%s/log.csv", c.out), F_OK)))
         die("%s holds a run already: --resume it, or name another --out", c.out);

@@ -80,7 +80,7 @@ static void read_safetensors(void) {
         }
         demand(same, "an archive that is written and read again is another"), must = 0;
     }
-    checkpoint_check(&archive, -1);
+    checkpoint_check(&archive);
     config_parse(&c, 1, &none, &archive);
     c.vocab = (int)checkpoint_number(&archive, "vocab", 65536);
     config_defaults(&c);
