@@ -1126,9 +1126,8 @@ static inline void tile(Vec sums[MR][NV], const float* a, const float* b, long k
     memcpy(sums, c, sizeof c);
 }
 
-// One row of a tile to memory; the loops of full length are unrolled into vectors.
 static inline void store(float* out, const float* sums, float alpha, long n, int add) {
-    if (n == NR && add) for (int j = 0; j < NR; j++) out[j] += alpha * sums[j];
+    if (n == NR && add) for (int j = 0; j < NR; j++) out[j] += alpha * sums[j];  // full rows as vectors
     else if (n == NR) for (int j = 0; j < NR; j++) out[j] = alpha * sums[j];
     else for (int j = 0; j < n; j++) out[j] = (add ? out[j] : 0.0f) + alpha * sums[j];
 }
@@ -1305,8 +1304,7 @@ static void on_bus_error(int number) {  // what reads behind the cut of a mapped
     die("%s was cut off while it was read", being_read);
 }
 
-// Opens a text file as bytes, a .bin shard, or all the shards that a glob pattern names.
-static void tokens_open(Tokens* t, const char* pattern) {
+static void tokens_open(Tokens* t, const char* pattern) {  // a text, a .bin shard, or all that a glob names
     glob_t found;
     const int is_pattern = access(pattern, F_OK) != 0;  // a file's own name may have brackets in it
     memset(t, 0, sizeof *t);
@@ -1432,11 +1430,10 @@ static const Entry* archive_tensor(const Archive* a, const char* name) {  // or 
     for (int i = 0; i < a->num_entries; i++) if (strcmp(a->entries[i].name, name) == 0) return &a->entries[i];
     die("%s has no tensor %s", a->path, name);
 }
-// Data of the F32 tensor `name`, which has to be of this shape (a vector has 1 row).
 static const void* archive_find(const Archive* a, const char* name, long rows, long cols) {
     const Entry* e = archive_tensor(a, name);
     int matrix = e->dims == 2 && e->shape[0] == rows && e->shape[1] == cols;
-    int vector = e->dims == 1 && e->shape[0] == rows * cols;
+    int vector = e->dims == 1 && e->shape[0] == rows * cols;  // has 1 row
     if (!(matrix || vector) || strcmp(e->dtype, "F32") != 0)
         die("%s: %s is not F32 of %ld x %ld", a->path, name, rows, cols);
     return e->data;
@@ -2183,14 +2180,13 @@ static void print_stats(const Model* m, FILE* csv) {
     }
 }
 
-// Opens a log in --out; a resumed run keeps the rows up to its step, so that no step is there twice.
 static FILE* open_log(const Model* m, const char* name, const char* header) {
     const char *path = form("%s/%s", m->c.out, name), *temporary = form("%s.tmp", path);
     char line[1024];
     FILE *old = m->step > 0 ? fopen(path, "r") : NULL, *f = fopen(temporary, "w");
     if (!f) die("cannot write %s: %s", temporary, strerror(errno));
     fprintf(f, "%s\n", header);
-    while (old && fgets(line, sizeof line, old))  // a line that a crash cut off is dropped
+    while (old && fgets(line, sizeof line, old))  // rows up to this step, without one that a crash cut off
         if (strchr(line, '\n') && atol(line) > 0 && atol(line) <= m->step) fputs(line, f);
     if (old) fclose(old);
     if (fflush(f) != 0 || rename(temporary, path) != 0) die("cannot write %s: %s", path, strerror(errno));
@@ -2358,8 +2354,7 @@ static void table_open(Text* t, Config* c, const char* stored) {
     if (t->vocab != c->vocab)
         die("tokenizer %s has %d tokens, the model %d", c->tokenizer, t->vocab, c->vocab);
 }
-// What goes on from a checkpoint: is its data still the same, and what does another --steps do?
-static void resumed(const Config* c, const Archive* a, long step) {
+static void resumed(const Config* c, const Archive* a, long step) {  // is it the same data, the same --steps?
     const char* const keys[] = {"data", "val_data"};
     const uint64_t now[] = {c->data, c->val_data};
     const long steps = checkpoint_number(a, "steps", 1e15);
