@@ -1082,8 +1082,7 @@ static long make_safe(char* text, long n, int rest_follows) {
     return n;
 }
 
-// printf into a string that lasts until 15 more are made.
-static char* form(const char* format, ...) {
+static char* form(const char* format, ...) {  // printf into a string that lasts until 15 more are made
     static char ring[16][9000];
     static int next;
     char* to = ring[next++ % 16];
@@ -1094,8 +1093,7 @@ static char* form(const char* format, ...) {
     return to;
 }
 
-// A path or text of the user's, safe to print in one line.
-static const char* shown(const char* s) {
+static const char* shown(const char* s) {  // a path or text of the user's, safe to print in one line
     char* copy = form("%s", s);
     make_safe(copy, (long)strlen(copy), 0);
     for (char* p = copy; (p = strchr(p, '\n')) != NULL; ) *p = '?';
@@ -1124,15 +1122,13 @@ static char* copied(const char* s) {
     return copy;
 }
 
-// Zeroed memory on a cache line boundary. The size is a double: a product of sizes cannot wrap around.
-static void* alloc(double bytes) {
+static void* alloc(double bytes) {  // zeroed, on a cache line; in double no product of sizes wraps around
     void* p = NULL;
     double physical = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
-    size_t n = bytes < physical ? (size_t)bytes + 64 : 0;
-    if (!(bytes < physical) || posix_memalign(&p, 64, n) != 0)
+    if (!(bytes < physical) || posix_memalign(&p, 64, (size_t)bytes + 64) != 0)
         die("%.1f GB of memory wanted, this machine has %.1f: lower --batch, --seq, --width or --layers",
             bytes * 1e-9, physical * 1e-9);
-    return memset(p, 0, n);
+    return memset(p, 0, (size_t)bytes + 64);
 }
 
 static float* scratch(int slot, long n) {
@@ -1157,15 +1153,13 @@ static double seconds(void) {
 // begin again. 2,000 turns (0.1 ms) are as much as threads differ on an idle machine. A user's setting wins.
 static void wait_briefly(char** argv) {
 #if defined(_OPENMP) && !defined(KMP_VERSION_MAJOR)
-    if (max_threads() == 1 || getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY")) return;
+    char self[PATH_MAX];
     const char* preload = getenv("LD_PRELOAD");
+    if (max_threads() == 1 || getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY")) return;
     if (preload && strstr(preload, "vgpreload")) return;  // valgrind would be left behind
-    char* self = realpath("/proc/self/exe", NULL);
-    if (self && !strstr(self, "/ld-")) {  // ld.so itself, started with this program as its argument
-        setenv("GOMP_SPINCOUNT", "2000", 1);
-        execv(self, argv);  // if that fails, all is as it was
-    }
-    free(self);
+    if (!realpath("/proc/self/exe", self) || strstr(self, "/ld-")) return;  // ld.so, given this program
+    setenv("GOMP_SPINCOUNT", "2000", 1);
+    execv(self, argv);  // if that fails, all is as it was
 #endif
     (void)argv;
 }
@@ -1223,9 +1217,8 @@ static inline void tile(Vec sums[MR][NV], const float* a, const float* b, long k
     memcpy(sums, c, sizeof c);
 }
 
-// One row of a tile to memory; the loops of full length are unrolled into vectors.
 static inline void store(float* out, const float* sums, float alpha, long n, int add) {
-    if (n == NR && add) for (int j = 0; j < NR; j++) out[j] += alpha * sums[j];
+    if (n == NR && add) for (int j = 0; j < NR; j++) out[j] += alpha * sums[j];  // full rows as vectors
     else if (n == NR) for (int j = 0; j < NR; j++) out[j] = alpha * sums[j];
     else for (int j = 0; j < n; j++) out[j] = (add ? out[j] : 0.0f) + alpha * sums[j];
 }
@@ -1274,12 +1267,6 @@ static void matmul(float* out, long ld, Operand a, Operand b, long M, long N, lo
 }
 
 // ---- A model's memory ----------------------------------------------------------------------------------
-// A smaller batch in the same buffers, as the last of a validation is.
-static void model_batch(Model* m, long batch) {
-    m->c.batch = (int)batch;
-    m->rows = batch * m->c.seq;
-}
-
 static float* floats(double n) { return (float*)alloc(4.0 * n); }
 static void model_alloc_params(Model* m, int training) {
     m->training = training;
@@ -1402,22 +1389,13 @@ typedef struct { const uint8_t* p; long count; const char* path; } Shard;
 typedef struct { Shard* shards; int num_shards, bytes_per_token; long count; } Tokens;
 struct Split { const Tokens* tokens; long start, count; };  // a range of them
 
-// A data file cut off under its mapping: whoever reads there gets this signal.
 static const char* volatile being_read = "a file";
-static void on_bus_error(int number) {
+static void on_bus_error(int number) {  // what reads behind the cut of a mapped file gets this signal
     signal(number, SIG_DFL);
     die("%s was cut off while it was read", being_read);
 }
 
-// What a text file that is none looks like, or NULL.
-static const char* not_text(const uint8_t* p, long size) {
-    if (size >= 2 && p[0] == 0x1F && p[1] == 0x8B) return "compressed by gzip";
-    if (size >= 2 && p[0] + p[1] == 0x1FD && (p[0] == 0xFF || p[1] == 0xFF)) return "in UTF-16";
-    return memchr(p, 0, (size_t)min_l(size, 65536)) ? "no text: it has NUL bytes" : NULL;
-}
-
-// Opens a text file as bytes, a .bin shard, or all the shards that a glob pattern names.
-static void tokens_open(Tokens* t, const char* pattern) {
+static void tokens_open(Tokens* t, const char* pattern) {  // a text, a .bin shard, or all that a glob names
     glob_t found;
     const int is_pattern = access(pattern, F_OK) != 0;  // a file's own name may have brackets in it
     memset(t, 0, sizeof *t);
@@ -1435,8 +1413,11 @@ static void tokens_open(Tokens* t, const char* pattern) {
         if (width == 2 && (size < 1024 || read_u32(p + 4) != 1 || size != 1024 + 2L * read_u32(p + 8)))
             die("token shard %s is damaged: version or token count do not fit its %ld bytes", path, size);
         if (i > 0 && width != t->bytes_per_token) die("%s mixes token shards and other files", pattern);
-        const char* odd = width == 1 ? not_text(p, size) : NULL;
-        if (odd) printf("note: %s is %s; its bytes are learned as they are\n", shown(path), odd);
+        const int mark = size < 2 ? 0 : p[0] << 8 | p[1], utf16 = mark == 0xFEFF || mark == 0xFFFE;
+        const char* odd = mark == 0x1F8B ? "compressed by gzip" : utf16 ? "in UTF-16"
+                          : memchr(p, 0, (size_t)min_l(size, 65536)) ? "no text: it has NUL bytes" : NULL;
+        if (width == 1 && odd)
+            printf("note: %s is %s; its bytes are learned as they are\n", shown(path), odd);
         t->bytes_per_token = width;
         t->shards[i].p = width == 2 ? p + 1024 : p;
         t->count += t->shards[i].count = width == 2 ? (size - 1024) / 2 : size;
@@ -1506,12 +1487,10 @@ typedef struct { char *name, *value, *dtype; int dims; long shape[4], begin, end
 typedef struct { Entry *entries, *meta; int num_entries, num_meta; char *path, *text, *next; } Archive;
 
 static Entry* archive_entry(Entry** list, int* n, const char* name) {  // one more
-    if ((*n & (*n - 1)) == 0) {  // the list doubles when n is a power of two
-        Entry* longer = (Entry*)realloc(*list, sizeof(Entry) * (size_t)(*n ? 2 * *n : 1));
-        if (!longer) die("out of memory");
-        *list = longer;
-    }
-    Entry* e = (Entry*)memset(&(*list)[(*n)++], 0, sizeof(Entry));
+    Entry* longer = (Entry*)realloc(*list, sizeof(Entry) * (size_t)(*n + 1));
+    if (!longer) die("out of memory");
+    *list = longer;
+    Entry* e = (Entry*)memset(&longer[(*n)++], 0, sizeof(Entry));
     e->name = copied(name);
     return e;
 }
@@ -1521,13 +1500,12 @@ static void archive_free(Archive* a) {
     free(a->entries), free(a->meta), free(a->text), free(a->path);
     memset(a, 0, sizeof *a);
 }
-// Adds a tensor of 1 to 3 dimensions to write; dimensions that are 0 are left out.
 static void archive_add(Archive* a, const char* name, const char* dtype, const void* data, long d0, long d1,
                         long d2) {
     Entry* e = archive_entry(&a->entries, &a->num_entries, name);
     e->dtype = (char*)dtype;
     e->data = data;
-    e->dims = d2 ? 3 : d1 ? 2 : 1;
+    e->dims = d2 ? 3 : d1 ? 2 : 1;  // those that are 0 are left out
     e->shape[0] = d0, e->shape[1] = d1, e->shape[2] = d2;
     e->begin = a->num_entries > 1 ? e[-1].end : 0;
     e->end = e->begin + 4 * d0 * (d1 ? d1 : 1) * (d2 ? d2 : 1);
@@ -1543,64 +1521,13 @@ static const Entry* archive_tensor(const Archive* a, const char* name) {  // or 
     for (int i = 0; i < a->num_entries; i++) if (strcmp(a->entries[i].name, name) == 0) return &a->entries[i];
     die("%s has no tensor %s", a->path, name);
 }
-// Data of the F32 tensor `name`, which has to be of this shape (a vector has 1 row).
 static const void* archive_find(const Archive* a, const char* name, long rows, long cols) {
     const Entry* e = archive_tensor(a, name);
     int matrix = e->dims == 2 && e->shape[0] == rows && e->shape[1] == cols;
-    int vector = e->dims == 1 && e->shape[0] == rows * cols;
+    int vector = e->dims == 1 && e->shape[0] == rows * cols;  // has 1 row
     if (!(matrix || vector) || strcmp(e->dtype, "F32") != 0)
         die("%s: %s is not F32 of %ld x %ld", a->path, name, rows, cols);
     return e->data;
-}
-
-static void json_write(FILE* f, const char* before, const char* s) {
-    fprintf(f, "%s\"", before);
-    for (; *s; s++) fprintf(f, strchr("\"\\", *s) ? "\\%c" : (uint8_t)*s < 32 ? "\\u%04x" : "%c", *s);
-    fputc('"', f);
-}
-// Into a temporary file, synced, then renamed: a crash or a full disk never costs the file that was there.
-// The caller writes the tensors, in their order, between the two halves. Returns NULL where errno says why.
-static FILE* archive_begin(const Archive* a, const char* path) {
-    char* header = NULL;
-    size_t length = 0;
-    FILE* h = open_memstream(&header, &length);
-    fprintf(h, "{\"__metadata__\":");
-    for (int i = 0; i < a->num_meta; i++) {
-        json_write(h, i ? "," : "{", a->meta[i].name);
-        json_write(h, ":", a->meta[i].value);
-    }
-    for (const Entry* e = a->entries; e < a->entries + a->num_entries; e++) {
-        json_write(h, e > a->entries ? "]}," : "},", e->name);
-        fprintf(h, ":{\"dtype\":\"%s\",\"shape\":[", e->dtype);
-        for (int d = 0; d < e->dims; d++) fprintf(h, d ? ",%ld" : "%ld", e->shape[d]);
-        fprintf(h, "],\"data_offsets\":[%ld,%ld", e->begin, e->end);
-    }
-    fprintf(h, "]}}");
-    while ((ftell(h) + 8) % 64) fputc(' ', h);  // the data begins on a cache line
-    fclose(h);
-    FILE* f = fopen(form("%s.tmp", path), "wb");
-    if (f) fwrite(&length, sizeof length, 1, f), fwrite(header, 1, length, f);
-    free(header);
-    return f;
-}
-// Returns 0, or errno where the file cannot be written.
-static int archive_end(FILE* f, const char* path) {
-    char *temporary = form("%s.tmp", path), *slash;
-    int error = f ? 0 : errno ? errno : EIO;
-    if (f && (fflush(f) != 0 || ferror(f) || fsync(fileno(f)) != 0)) error = errno ? errno : EIO;
-    if (f && fclose(f) != 0 && !error) error = errno;
-    if (!error && rename(temporary, path) != 0) error = errno;
-    if (f && error) unlink(temporary);
-    if ((slash = strrchr(temporary, '/'))) *slash = 0;
-    int dir = open(slash ? temporary : ".", O_RDONLY);  // the new name itself is kept in the directory
-    if (dir >= 0) fsync(dir), close(dir);
-    return error;
-}
-static int archive_write(const Archive* a, const char* path) {
-    FILE* f = archive_begin(a, path);
-    for (int i = 0; f && i < a->num_entries; i++)
-        fwrite(a->entries[i].data, 1, (size_t)(a->entries[i].end - a->entries[i].begin), f);
-    return archive_end(f, path);
 }
 
 // A reader of the JSON that such a header may hold, and no more, from a->next on. It trusts nothing.
@@ -1615,8 +1542,7 @@ static int json_accept(Archive* a, char c) {
 static void json_expect(Archive* a, char c) {
     if (!json_accept(a, c)) json_die(a, "its header is not the JSON expected");
 }
-// Whether a list or object of which n members are read has another.
-static int json_more(Archive* a, int n, char open, char close) {
+static int json_more(Archive* a, int n, char open, char close) {  // is there a member after the first n?
     if (n == 0) json_expect(a, open);
     if (json_accept(a, close)) return 0;
     if (n > 0) json_expect(a, ',');
@@ -1624,12 +1550,10 @@ static int json_more(Archive* a, int n, char open, char close) {
 }
 static unsigned json_hex(const char* p) {  // of the four digits behind \u; 0 is none that can be kept
     char digits[5] = "";  // a copy: sscanf would measure all of the header each time
-    for (int i = 2; i < 6; i++) if (p[0] != '\\' || p[1] != 'u' || !isxdigit((uint8_t)p[i])) return 0;
-    memcpy(digits, p + 2, 4);
-    return (unsigned)strtoul(digits, NULL, 16);
+    if (p[0] != '\\' || p[1] != 'u' || strspn(p + 2, "0123456789ABCDEFabcdef") < 4) return 0;
+    return (unsigned)strtoul((char*)memcpy(digits, p + 2, 4), NULL, 16);
 }
-// A string, unescaped to UTF-8 in the text's own memory: it never gets longer.
-static char* json_string(Archive* a) {
+static char* json_string(Archive* a) {  // unescaped to UTF-8 in the text's own memory: it never gets longer
     static const char escapes[] = "\"\\/bfnrt", meanings[] = "\"\\/\b\f\n\r\t";
     json_expect(a, '"');
     char *start = a->next, *to = start;
@@ -1671,9 +1595,8 @@ static int json_counts(Archive* a, long* to, int most) {
 static void json_tensor(Archive* a, Entry* e, const uint8_t* data, long size) {
     const char* key;
     long offsets[2];
-    int numbers = -1;
+    int numbers = e->dims = -1;
     double bytes = 4;  // no product of counts can wrap around, and none that fits a file is rounded
-    e->dims = -1;
     for (int n = 0; (key = json_member(a, n)) != NULL; n++) {
         if (!e->dtype && strcmp(key, "dtype") == 0) e->dtype = json_string(a);
         else if (e->dims < 0 && strcmp(key, "shape") == 0) e->dims = json_counts(a, e->shape, 4);
@@ -1757,9 +1680,8 @@ static void text_open(Text* t, const char* path) {  // path NULL: bytes
     }
 }
 
-// Prints a token, or its number where there is no table. A character may be cut between tokens: its beginning
-// waits for the rest. Token -1 ends the text.
-static void text_print(const Text* t, int token) {
+// Prints a token, or its number without a table. The beginning of a character that is cut waits for the rest.
+static void text_print(const Text* t, int token) {  // -1 ends the text
     static char held[300];
     static long n;
     const int end = token < 0 || (t->vocab != BYTES_VOCAB && token == t->end);
@@ -1882,8 +1804,7 @@ static const Option OPTIONS[] = {
 };
 static const Option* const OPTIONS_END = OPTIONS + sizeof OPTIONS / sizeof *OPTIONS;
 
-// Copies alternative number i of "a|b|c"; returns whether there is one.
-static int choice(char to[16], const char* choices, int i) {
+static int choice(char to[16], const char* choices, int i) {  // the i-th of "a|b|c": is there one?
     for (int n = 0; sscanf(choices, "%15[^|]%n", to, &n) == 1; choices += n + (choices[n] == '|'))
         if (i-- == 0) return 1;
     return 0;
@@ -1913,8 +1834,7 @@ static void option_set(Config* c, const Option* o, const char* value, const char
         else *(int*)field = (int)whole;
     }
 }
-// The value as option_set reads it back, to the last bit.
-static const char* option_get(const Config* c, const Option* o) {
+static const char* option_get(const Config* c, const Option* o) {  // option_set reads back the same bits
     const char* field = (const char*)c + o->offset;
     char name[16];
     if (o->type == INT && o->choices)
@@ -1922,9 +1842,9 @@ static const char* option_get(const Config* c, const Option* o) {
     if (o->type == TEXT) return *(char* const*)field;
     if (o->type == FLOAT && *(const float*)field < 0) return "auto";
     if (o->type == FLOAT) {  // short where that reads back the same
-        const char* brief = form("%g", (double)*(const float*)field);
-        const int exact = strtof(brief, NULL) == *(const float*)field;
-        return exact ? brief : form("%.9g", (double)*(const float*)field);
+        const float x = *(const float*)field;
+        const char* brief = form("%g", (double)x);
+        return strtof(brief, NULL) == x ? brief : form("%.9g", (double)x);
     }
     if (o->type == UINT64) return form("%llu", (unsigned long long)*(const uint64_t*)field);
     return form("%d", *(const int*)field);
@@ -2053,8 +1973,7 @@ __attribute__((unused)) static const Device CPU = {
     "CPU", 1, cpu_open, cpu_nothing, NULL, cpu_step, cpu_loss, cpu_trace, cpu_update,
     cpu_next, cpu_nothing, cpu_get, cpu_put, NULL};
 
-// A model as it begins, once the device is open.
-static void model_init(Model* m, const Device* device) {
+static void model_init(Model* m, const Device* device) {  // as it begins, once the device is open
     for (const Tensor* t = m->tensors; t < m->tensors + m->num_tensors; t++) {
         float* w = scratch(SCRATCH_TENSOR, t->rows * t->cols);
         tensor_init(w, m, t);
@@ -2085,16 +2004,55 @@ static const char* checkpoint_path(const char* dir, long step) {
 }
 static int lasting(const Model* m) { return !m->training ? 1 : m->c.optimizer == ADAMW ? 3 : 2; }
 static const char* const PREFIXES[2][3] = {{"", "lion.m.", ""}, {"", "adam.m.", "adam.v."}};
+static void json_write(FILE* f, const char* before, const char* s) {
+    fprintf(f, "%s\"", before);
+    for (; *s; s++) fprintf(f, strchr("\"\\", *s) ? "\\%c" : (uint8_t)*s < 32 ? "\\u%04x" : "%c", *s);
+    fputc('"', f);
+}
+// Into a temporary file, synced, then renamed: a crash or a full disk never costs the file that was there.
+// Tensors without data are on the device: a checkpoint's. Returns 0, or errno where it cannot be written.
+static int archive_write(const Archive* a, const char* path, Model* m, const Device* device) {
+    char *header = NULL, *temporary = form("%s.tmp", path), *slash;
+    size_t length = 0;
+    FILE* f = fopen(temporary, "wb");
+    if (!f) return errno;
+    FILE* h = open_memstream(&header, &length);
+    fprintf(h, "{\"__metadata__\":");
+    for (int i = 0; i < a->num_meta; i++) {
+        json_write(h, i ? "," : "{", a->meta[i].name);
+        json_write(h, ":", a->meta[i].value);
+    }
+    for (const Entry* e = a->entries; e < a->entries + a->num_entries; e++) {
+        json_write(h, e > a->entries ? "]}," : "},", e->name);
+        fprintf(h, ":{\"dtype\":\"%s\",\"shape\":[", e->dtype);
+        for (int d = 0; d < e->dims; d++) fprintf(h, d ? ",%ld" : "%ld", e->shape[d]);
+        fprintf(h, "],\"data_offsets\":[%ld,%ld", e->begin, e->end);
+    }
+    fprintf(h, "]}}");
+    while ((ftell(h) + 8) % 64) fputc(' ', h);  // the data begins on a cache line
+    fclose(h);
+    fwrite(&length, sizeof length, 1, f);
+    fwrite(header, 1, length, f);
+    free(header);
+    for (int i = 0; i < a->num_entries && !ferror(f); i++) {
+        const void* data = a->entries[i].data;
+        if (!data) data = device->get(m, (Lasting)(i / m->num_tensors), &m->tensors[i % m->num_tensors]);
+        fwrite(data, 1, (size_t)(a->entries[i].end - a->entries[i].begin), f);
+    }
+    int good = fflush(f) == 0 && !ferror(f) && fsync(fileno(f)) == 0;
+    good = fclose(f) == 0 && good && rename(temporary, path) == 0;
+    const int error = good ? 0 : errno ? errno : EIO;
+    if (error) unlink(temporary);
+    if ((slash = strrchr(temporary, '/'))) *slash = 0;
+    int dir = open(slash ? temporary : ".", O_RDONLY);  // the new name itself is kept in the directory
+    if (dir >= 0) fsync(dir), close(dir);
+    return error;
+}
 static int checkpoint_save(Model* m, const Device* device) {
     Archive a;
     archive_config(&a, m);
     for (int i = PARAMS; i < lasting(m); i++) archive_tensors(&a, m, PREFIXES[m->c.optimizer][i], NULL);
-    FILE* f = archive_begin(&a, checkpoint_path(m->c.out, m->step));
-    for (int i = 0; f && !ferror(f) && i < a.num_entries; i++) {
-        const Tensor* t = &m->tensors[i % m->num_tensors];
-        fwrite(device->get(m, (Lasting)(i / m->num_tensors), t), 4, (size_t)(t->rows * t->cols), f);
-    }
-    const int error = archive_end(f, checkpoint_path(m->c.out, m->step));
+    const int error = archive_write(&a, checkpoint_path(m->c.out, m->step), m, device);
     archive_free(&a);
     return error;
 }
@@ -2107,9 +2065,7 @@ static long checkpoint_number(const Archive* a, const char* key, double high) {
         die("%s has no good %s in its metadata", a->path, key);
     return (long)x;
 }
-// What no cut and no JSON shows: values that are not finite, or another step than `step` (-1: any).
-static void checkpoint_check(const Archive* a, long step) {
-    if (step >= 0 && checkpoint_number(a, "step", 1e15) != step) die("%s is of another step", a->path);
+static void checkpoint_check(const Archive* a) {  // for what no cut and no JSON shows: values not finite
     for (int i = 0; i < a->num_entries; i++)
         for (long at = a->entries[i].begin; at < a->entries[i].end; at += 4) {
             float x;  // not aligned, if another's header is not
@@ -2117,22 +2073,18 @@ static void checkpoint_check(const Archive* a, long step) {
             if (!isfinite(x)) die("%s holds values that are not finite, in %s", a->path, a->entries[i].name);
         }
 }
-static void checkpoint_fill(Model* m, const Device* device, Lasting what, const Archive* a,
-                            const char* prefix) {
-    for (const Tensor* t = m->tensors; t < m->tensors + m->num_tensors; t++)
-        device->put(m, what, t, archive_find(a, form("%s%s", prefix, t->name), t->rows, t->cols));
-}
-// All that the file holds, or to generate text only the parameters.
 static void checkpoint_load(Model* m, const Device* device, const Archive* a) {
     const int unknown = a->num_entries - lasting(m) * m->num_tensors;
-    for (int i = PARAMS; i < lasting(m); i++)
-        checkpoint_fill(m, device, (Lasting)i, a, PREFIXES[m->c.optimizer][i]);
+    for (int i = PARAMS; i < lasting(m); i++)  // to generate text, only the parameters
+        for (const Tensor* t = m->tensors; t < m->tensors + m->num_tensors; t++) {
+            const char* name = form("%s%s", PREFIXES[m->c.optimizer][i], t->name);
+            device->put(m, (Lasting)i, t, archive_find(a, name, t->rows, t->cols));
+        }
     if (m->training && unknown) die("%s holds %d tensors that are not known", a->path, unknown);
     m->step = checkpoint_number(a, "step", 1e15);
     m->sequence = checkpoint_number(a, "sequence", 1e15);
 }
-// Step of the newest checkpoint in --out before `step`, or -1.
-static long checkpoint_before(const char* dir, long step) {
+static long checkpoint_before(const char* dir, long step) {  // the newest one's step before `step`, or -1
     long newest = -1, found;
     DIR* d = opendir(dir);
     if (!d && errno != ENOENT) die("cannot open --out %s: %s", dir, strerror(errno));
@@ -2152,7 +2104,8 @@ static int checkpoint_open(Archive* a, const char* dir) {
         die_to = older >= 0 ? &next : NULL;
         if (die_to && setjmp(next)) { die_to = NULL, archive_free(a); continue; }
         archive_read(a, checkpoint_path(dir, step));
-        checkpoint_check(a, step);
+        if (checkpoint_number(a, "step", 1e15) != step) die("%s is of another step", a->path);
+        checkpoint_check(a);
         break;
     }
     die_to = NULL;
@@ -2181,8 +2134,7 @@ static double group_available(const char* dir, const char* limit, const char* us
     const double cache = file_number(form("%s/memory.stat", dir), "inactive_file ");  // given back on demand
     return isinf(most) ? most : most - file_number(form("%s/%s", dir, used), "") + (isinf(cache) ? 0 : cache);
 }
-// Bytes that this process may still take: of the machine, of its control group (version 2, 1), of ulimit -v.
-static double memory_available(void) {
+static double memory_available(void) {  // bytes that the machine, control group (v2, v1) and ulimit -v leave
     char line[4096], group[2][4096] = {"", ""};
     struct rlimit own = {RLIM_INFINITY, RLIM_INFINITY};
     double least = 1024 * file_number("/proc/meminfo", "MemAvailable:");
@@ -2215,8 +2167,7 @@ static void check_memory(const Model* m, int on_host) {
             (params + kept + one) * 1e-9, available * 1e-9);
 }
 
-// Writes the first step, every tensor of it, for a look from Python (dev/reference.py checks it).
-static void dump(Model* m, const Device* device, const Split* train) {
+static void dump(Model* m, const Device* device, const Split* train) {  // every tensor, for dev/reference.py
     Archive a;
     const long B = m->c.batch, T = m->c.seq, V = m->c.vocab;
     next_batch(m, train);
@@ -2241,7 +2192,7 @@ static void dump(Model* m, const Device* device, const Split* train) {
             archive_add(&a, name, "F32", buffer(m, l, k, 0), B, T, dim_of(&m->c, width));
         }
     }
-    const int error = archive_write(&a, m->c.dump);
+    const int error = archive_write(&a, m->c.dump, m, device);
     if (error) die("cannot write %s: %s", m->c.dump, strerror(error));
     archive_free(&a);
     printf("wrote %s\n", shown(m->c.dump));
@@ -2278,10 +2229,9 @@ static int sample_token(const float* logits, const Config* c, long position) {
     return list[k - 1].token;
 }
 
-// Writes `count` tokens after the prompt, keys and values kept; a full window goes on from its second half.
 static void generate(Model* m, const Device* device, const Text* text, int count) {
     const long T = m->c.seq;
-    long length = 0, known = 0;
+    long length = 0, known = 0;  // of the window: its tokens, and those whose keys and values are kept
     int *window = m->inputs, *start = (int*)scratch(SCRATCH_TENSOR, (long)strlen(m->c.prompt) + 1);
     int n = text_encode(text, m->c.prompt, start);
     if (n == 0) start[n++] = text->end;
@@ -2295,7 +2245,7 @@ static void generate(Model* m, const Device* device, const Text* text, int count
         known = length;
         text_print(text, token);
         fflush(stdout);
-        if (length == T) {
+        if (length == T) {  // a full window goes on from its second half
             memmove(window, window + T - T / 2, sizeof(int) * (size_t)(T / 2));
             length = T / 2;
             known = 0;
@@ -2354,22 +2304,20 @@ static void print_stats(const Model* m, FILE* csv) {
             const Stat* s = &row->stat[k];
             printf("| %5.3g %5.3g %6.2f %5.2f ", s->rms, s->max, 100 * s->flushed, 100 * s->saturated);
             const char* operand = stream ? "stream" : operands[k];
-            if (csv)
-                fprintf(csv, "%ld,%s,%s,%s,%.6g,%.6g,%.6g,%.6g\n", m->step, row->name, operand,
-                        FORMATS[s->format].name, s->rms, s->max, s->flushed, s->saturated);
+            if (csv) fprintf(csv, "%ld,%s,%s,%s,%.6g,%.6g,%.6g,%.6g\n", m->step, row->name, operand,
+                             FORMATS[s->format].name, s->rms, s->max, s->flushed, s->saturated);
         }
         printf("\n");
     }
 }
 
-// Opens a log in --out; a resumed run keeps the rows up to its step, so that no step is there twice.
 static FILE* open_log(const Model* m, const char* name, const char* header) {
     const char *path = form("%s/%s", m->c.out, name), *temporary = form("%s.tmp", path);
     char line[1024];
     FILE *old = m->step > 0 ? fopen(path, "r") : NULL, *f = fopen(temporary, "w");
     if (!f) die("cannot write %s: %s", temporary, strerror(errno));
     fprintf(f, "%s\n", header);
-    while (old && fgets(line, sizeof line, old))  // a line that a crash cut off is dropped
+    while (old && fgets(line, sizeof line, old))  // rows up to this step, without one that a crash cut off
         if (strchr(line, '\n') && atol(line) > 0 && atol(line) <= m->step) fputs(line, f);
     if (old) fclose(old);
     if (fflush(f) != 0 || rename(temporary, path) != 0) die("cannot write %s: %s", path, strerror(errno));
@@ -2390,22 +2338,21 @@ static void val_read(const Model* m, const Split* val, long first, long n) {
     }
 }
 static int stopping(const Model* m) { return stop_signal && m->step < m->c.steps; }
-static double validate(Model* m, const Device* device, const Split* val) {
-    const long B = m->c.batch, windows = val_windows(&m->c, val);
+static double validate(const Model* m, const Device* device, const Split* val) {
+    const long windows = val_windows(&m->c, val);
+    Model part = *m;  // in the same buffers, a batch that is smaller at the end
     double sum = 0;
-    for (long i = 0; i < windows && !stopping(m); i += B) {
-        const long n = min_l(B, windows - i);
-        model_batch(m, n);  // the last one may be smaller
-        val_read(m, val, i, n);
-        sum += device->loss(m) * (double)n;
+    for (long i = 0; i < windows && !stopping(m); i += m->c.batch) {
+        part.c.batch = (int)min_l(m->c.batch, windows - i);
+        part.rows = (long)part.c.batch * m->c.seq;
+        val_read(m, val, i, part.c.batch);
+        sum += device->loss(&part) * part.c.batch;
     }
-    model_batch(m, B);
     return stopping(m) ? NAN : sum / (double)windows;
 }
 
 // The run under way. Whatever ends it (its last step, a signal, an error) calls save_at_end.
-static struct { Model* m; const Device* device; long batch, first, sequence, saved; double saved_at; }
-    current;
+static struct { Model* m; const Device* device; long first, sequence, saved; double saved_at; } current;
 static double save_seconds = 600;  // what a run may lose by a power cut
 static int save(void) {
     Model* m = current.m;
@@ -2421,19 +2368,16 @@ static int save(void) {
 }
 static void save_at_end(void) {
     last_words = NULL;
-    current.m->sequence = current.sequence;  // an error may come in the middle of reading or validating
-    model_batch(current.m, current.batch);
+    current.m->sequence = current.sequence;  // an error may come in the middle of reading a batch
     if (current.m->step > current.saved && !save()) exit(1);
     const char* path = checkpoint_path(current.m->c.out, current.saved);
     if (current.saved > current.first) printf("saved %s\n", shown(path));
 }
-// Rows are written at once; a disk that is full costs rows and not the run.
-static void flush_log(FILE* f, const char* dir) {
+static void flush_log(FILE* f, const char* dir) {  // at once; a full disk costs rows and not the run
     static int said;
-    if (!f || (fflush(f) == 0 && !ferror(f))) return;
-    if (!said++)
+    if (f && (fflush(f) != 0 || ferror(f)) && !said++)
         fprintf(stderr, "%s: cannot write the log in %s: %s\n", program, shown(dir), strerror(errno));
-    clearerr(f);
+    if (f) clearerr(f);
 }
 
 static void train(Model* m, const Device* device, const Split* train, const Split* val, const Text* text) {
@@ -2444,7 +2388,7 @@ static void train(Model* m, const Device* device, const Split* train, const Spli
     const int terminal = isatty(STDOUT_FILENO), sample = (int)min_l(c->tokens, 256);
     for (long i = 0; i < val_windows(c, val); i++) val_read(m, val, i, 1);  // a bad token ends the run here
     current.m = m, current.device = device, current.saved = current.first = m->step;
-    current.sequence = m->sequence, current.batch = c->batch, current.saved_at = begin;
+    current.sequence = m->sequence, current.saved_at = begin;
     if (*c->out) {
         if (mkdir(c->out, 0777) && errno != EEXIST) die("cannot make --out %s: %s", c->out, strerror(errno));
         if (flock(open(c->out, O_RDONLY), LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK)
@@ -2511,8 +2455,7 @@ static void splits_open(Config* c, Split* train, Split* val) {
     if (*c->val) {
         tokens_open(&other, c->val);
         if (other.bytes_per_token != tokens.bytes_per_token) die("--input and --val are not of one kind");
-        const Split all = {&other, 0, other.count};
-        *val = all;
+        val->tokens = &other, val->start = 0, val->count = other.count;
         c->val_data = tokens_hash(&other);
     }
     c->data = tokens_hash(&tokens);
@@ -2521,8 +2464,7 @@ static void splits_open(Config* c, Split* train, Split* val) {
             "use more text or a smaller --seq", train->count, val->count, c->seq);
 }
 
-// From the root: a checkpoint names its data so that it is found from any directory.
-static const char* absolute(const char* path) {
+static const char* absolute(const char* path) {  // so that a checkpoint's data is found from any directory
     char here[4096];
     if (!*path || *path == '/' || !getcwd(here, sizeof here) || strpbrk(here, "*?[\\")) return path;
     return copied(form("%s/%s", here, path));
@@ -2543,8 +2485,7 @@ static void table_open(Text* t, Config* c, const char* stored) {
     if (t->vocab != c->vocab)
         die("tokenizer %s has %d tokens, the model %d", c->tokenizer, t->vocab, c->vocab);
 }
-// What goes on from a checkpoint: is its data still the same, and what does another --steps do?
-static void resumed(const Config* c, const Archive* a, long step) {
+static void resumed(const Config* c, const Archive* a, long step) {  // is it the same data, the same --steps?
     const char* const keys[] = {"data", "val_data"};
     const uint64_t now[] = {c->data, c->val_data};
     const long steps = checkpoint_number(a, "steps", 1e15);
@@ -2575,7 +2516,7 @@ __attribute__((unused)) static int run(int argc, char** argv, const Device* devi
     if (c.help || argc < 2) { print_help(); return c.help ? 0 : 1; }
     if (*c.generate && *c.dump) die("--generate and --dump are two things: give one of them");
     if (c.resume && !*c.out) die("--resume needs the --out directory of the run to continue");
-    if (*c.generate) archive_read(&checkpoint, c.generate), checkpoint_check(&checkpoint, -1), loaded = 1;
+    if (*c.generate) archive_read(&checkpoint, c.generate), checkpoint_check(&checkpoint), loaded = 1;
     else if (c.resume) loaded = checkpoint_open(&checkpoint, c.out);
     else if (*c.out && (checkpoint_before(c.out, LONG_MAX) >= 0 || !access(form("%s/log.csv", c.out), F_OK)))
         die("%s holds a run already: --resume it, or name another --out", c.out);

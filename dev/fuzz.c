@@ -65,7 +65,7 @@ static void read_safetensors(void) {
     archive_read(&archive, "input");
     if (archive.num_entries && archive.num_meta) {  // the trainer writes none without
         qsort(archive.entries, (size_t)archive.num_entries, sizeof(Entry), by_place);  // as it has them
-        archive_write(&archive, "output");
+        archive_write(&archive, "output", NULL, NULL);
         file.data = file.out, file.size = file.out_size;
         must = 1, archive_read(&again, "output");
         int same = archive.num_entries == again.num_entries && archive.num_meta == again.num_meta;
@@ -80,7 +80,7 @@ static void read_safetensors(void) {
         }
         demand(same, "an archive that is written and read again is another"), must = 0;
     }
-    checkpoint_check(&archive, -1);
+    checkpoint_check(&archive);
     config_parse(&c, 1, &none, &archive);
     c.vocab = (int)checkpoint_number(&archive, "vocab", 65536);
     config_defaults(&c);

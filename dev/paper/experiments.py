@@ -244,7 +244,7 @@ TABLE = [
                base={"lr": BEST, "precision": "fp8"}, run=activations, judge=judge.underflow,
                picture="underflow"),
     Experiment("search", "u-µP's multipliers can be searched one by one; the rate alone nearly suffices.",
-               "u-µP fig. 1a, A.6 (transfer error)", "all hyperparameters at C = 32",
+               "u-µP algorithm 1, fig. 4a, 5", "all hyperparameters at C = 32",
                series={s: SCHEMES[s] for s in ("umup", "mup")}, base={"width": 32},
                extra={"umup": MULTIPLIERS[1:], "mup": ["emb-lr", "alpha-attn", "alpha-out"]},
                run=search, judge=judge.searches, picture="searches"),
