@@ -128,10 +128,10 @@ class Numerics:
     def matmul(self, a, b):
         return a @ b if self.random is None else ShuffledMatmul.apply(a, b, self.random)
 
-    def jitter(self, x):
+    def jitter(self, x, noise=None):
         if self.random is None:
             return x.clone()
-        return x * (1 + NOISE * 2.0**-23 * (2 * torch.rand(x.shape, generator=self.random) - 1))
+        return x * (1 + (noise or NOISE) * 2.0**-23 * (2 * torch.rand(x.shape, generator=self.random) - 1))
 
     def inexact(self, f, x):
         """f(x) and its derivative: the same to the last bit in no two implementations."""
@@ -248,10 +248,10 @@ def forward(p, tokens, targets, cfg, num):
     norm = lambda z, ln: num.inexact(lambda z: layernorm(z, p[ln + ".gain"], p[ln + ".bias"]), z)
     # LayerNorm last: [µS] eq. 11, fig. 4a. LayerNorm first: the stream's gradient enters the branch as it is
     # and is multiplied by b where it leaves, in LayerNorm's backward ([u-µP] appendix B): else deep models
-    # lose it in E4M3. So gradients of the branch's matrices are 1/b times as large. (No jitter where b is 1:
-    # then the sum may be exact, and a tie.)
+    # lose it in E4M3. So gradients of the branch's matrices are 1/b times as large. (The jitter is for the few
+    # roundings of the sum; where b is 1 there is none but the sum's own, which may be exact, and a tie.)
     enter = lambda x, ln, b: x if row.norm_last else Point.apply(norm(x, ln), num.R, lambda d: b * d)
-    scaled = lambda f, b: Point.apply(f, lambda f: f.clone() if b == 1 else num.jitter(b * f), exact)
+    scaled = lambda f, b: Point.apply(f, lambda f: f.clone() if b == 1 else num.jitter(b * f, 2), exact)
     leave = lambda x, f, ln, a, b: stored(a * x + (b * norm(f, ln) if row.norm_last else scaled(f, b)))
 
     wte, wpe = Point.apply(p["wte"], num.R, exact), Point.apply(p["wpe"], num.R, exact)
@@ -443,12 +443,12 @@ def check(path):
 # ---- --write: the state that the C tests compare with ------------------------------------------------------
 
 STATE = dict(layers=2, width=16, heads=4, batch=3, seq=10, vocab=80, tau=0.3, base_width=64, warmup=2,
-             steps=5, decay=0.01, lr_us=0.02, lr_sp=0.002, lr_mup=0.0005, lr_umup=0.1, activation="gelu",
+             steps=5, decay=0.01, lr_us=0.02, lr_sp=0.002, lr_mup=0.001, lr_umup=0.1, activation="gelu",
              base_layers=4, alpha_res=0.8, alpha_res_attn_ratio=1.5, alpha_attn=1.25, alpha_act=0.7,
              alpha_out=1.5, emb_lr=2)
 # For these seeds, found by trying, no value in the three steps of fp8 comes near a rounding boundary: eight
 # times NOISE flips none. So a correct trainer gets these numbers to FP32 accuracy and its tests can be sharp.
-SEEDS = {"us": 261, "sp": 364}
+SEEDS = {"us": 261, "sp": 364, "mup": 0, "umup": 0}
 WRITE_RUNS = 24
 
 def random_params(random, shapes, std, std1):
@@ -482,40 +482,68 @@ def save(path, tensors, metadata):
     except OSError as e:
         stop(f"cannot write {path}: {e.strerror}")
 
+def apart(run, true, p):
+    """Distances of the first step's results; of the updates and all that later steps give."""
+    first = {name: distance(run.first[name], x) for name, x in true.first.items() if name[:4] != "act."}
+    later = {name: distance(run.params[name].double() - w, true.params[name] - w) for name, w in p.items()}
+    later |= {name: distance(vars(run)[name], vars(true)[name]) for name in ("losses", "grad_norms")}
+    return first, later
+
+def seeds(scheme):
+    """Prints seeds, each better than those before, until nothing is 1e-4 apart at eight times NOISE."""
+    global NOISE
+    NOISE *= 8
+    best, seed = math.inf, 0
+    while best > 1e-4:
+        s, p, batches = state(scheme, seed)
+        def spreads():                                          # first what rejects soonest
+            for steps, optimizer, runs in (1, "lion", 2), (3, "adamw", 12), (3, "lion", 12):
+                true = train(p, batches[:steps], s, Numerics("fp8"), optimizer)
+                for i in range(runs):
+                    first, later = apart(train(p, batches[:steps], s, Numerics("fp8", i), optimizer), true, p)
+                    yield worst((first | later if steps > 1 else first).values())
+        most = 0.0
+        for x in spreads():
+            most = max(most, x)
+            if not most < best:
+                break
+        else:
+            best = most
+            print(f"{scheme}: seed {seed}, {best:.1e} apart", flush=True)
+        seed += 1
+    return True
+
 def write(path):
     tensors, spread = {}, {}
-    def widen(name, a, b):
-        spread[name] = worst([spread.get(name, 0.0), distance(a, b)])
-    for scheme in ("us", "sp"):
+    def widen(prefix, distances):
+        for name, x in distances.items():
+            spread[prefix + name] = worst([spread.get(prefix + name, 0.0), x])
+    for scheme in SEEDS:
         s, p, batches = state(scheme, SEEDS[scheme])
         tensors |= {"tokens": batches[:, 0].int(), "targets": batches[:, 1].int()}
         tensors |= {f"{scheme}.param.{name}": t for name, t in p.items()}
         for precision, optimizer in (("fp32", "lion"), ("fp32", "adamw"), ("fp8", "lion"), ("fp8", "adamw")):
             at, after = f"{scheme}.{precision}.", f"{scheme}.{precision}.{optimizer}."
             run = train(p, batches, s, Numerics(precision), optimizer)
-            first = [name for name in run.first if not name.startswith("act.")]
-            tensors |= {at + name: run.first[name] for name in first}
+            tensors |= {at + name: x for name, x in run.first.items() if not name.startswith("act.")}
             tensors |= {after + "param." + name: t for name, t in run.params.items()}
             tensors |= {after + "losses": run.losses, after + "grad_norms": run.grad_norms}
             for seed in range(WRITE_RUNS if precision == "fp8" else 0):
                 other = train(p, batches, s, Numerics(precision, seed), optimizer)
-                for name in first:
-                    widen(at + "spread." + name, other.first[name], run.first[name])
-                for name, w in p.items():                       # of the update
-                    widen(after + "spread." + name, other.params[name].double() - w, run.params[name] - w)
-                widen(after + "spread.losses", other.losses, run.losses)
-                widen(after + "spread.grad_norms", other.grad_norms, run.grad_norms)
+                first, later = apart(other, run, p)
+                widen(at + "spread.", first)
+                widen(after + "spread.", later)
     tensors |= {name: torch.tensor([x]) for name, x in spread.items()}
     tensors = {name: t if t.dtype == torch.int32 else t.float() for name, t in tensors.items()}
-    note = ("from dev/reference.py --write. grad: of the first step, S times the true one. OPTIMIZER.param: "
+    note = ("from dev/reference.py --write. grad: of the first step, times S (or S/b). OPTIMIZER.param: "
             "after three steps. spread: largest norm-wise relative distance of float32 runs from the float64 "
             "run; OPTIMIZER.spread.NAME: of the update from the first to the last parameters")
     size = save(path, tensors, {key: str(value) for key, value in STATE.items()} | {"note": note})
-    for group in (f"{scheme}.fp8.{x}" for scheme in ("us", "sp") for x in ("spread.grad", "lion.", "adamw.")):
+    for group in (f"{scheme}.fp8.{x}" for scheme in SEEDS for x in ("spread.grad", "lion.", "adamw.")):
         x = sorted(value for name, value in spread.items() if name.startswith(group))
-        print(f"{group + '*':20s} min {x[0]:.1e}  median {x[len(x) // 2]:.1e}  max {x[-1]:.1e}")
+        print(f"{group + '*':22s} min {x[0]:.1e}  median {x[len(x) // 2]:.1e}  max {x[-1]:.1e}")
     print(f"{path}: {len(tensors)} tensors, {size} bytes")
-    return size < 1_000_000 and all(t.isfinite().all() for t in tensors.values())
+    return size < 1_400_000 and all(t.isfinite().all() for t in tensors.values())
 
 # ---- --selftest --------------------------------------------------------------------------------------------
 
@@ -689,7 +717,7 @@ def test_optimizers(expect):
     # At the base shape mup is sp whose norms do not learn.
     runs = []
     for scheme in ("sp", "mup"):
-        s, _, batches = state("sp", 0)
+        s, p, batches = state("sp", 0)
         s = settings(**vars(s) | dict(scheme=scheme, base_width=16, base_layers=2, norm_lr=0.0, emb_lr=1.0,
                                       alpha_attn=1.0, alpha_out=1.0))
         runs.append(train(p, batches, s, Numerics("fp8"), "adamw"))
@@ -750,6 +778,8 @@ if __name__ == "__main__":
     action.add_argument("--selftest", action="store_true", help="check the reference itself")
     action.add_argument("--check", metavar="DUMP", help="compare a dump of the C trainer's first step")
     action.add_argument("--write", metavar="FILE", help="write the state that the C tests compare with")
+    action.add_argument("--seeds", choices=list(SEEDS), help="look for that state's seed of a scheme")
     args = parser.parse_args()
-    good = selftest() if args.selftest else write(args.write) if args.write else check(args.check)
+    good = (selftest() if args.selftest else write(args.write) if args.write else
+            seeds(args.seeds) if args.seeds else check(args.check))
     sys.exit(0 if good else 1)
