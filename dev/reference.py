@@ -448,7 +448,7 @@ STATE = dict(layers=2, width=16, heads=4, batch=3, seq=10, vocab=80, tau=0.3, ba
              alpha_out=1.5, emb_lr=2)
 # For these seeds, found by trying, no value in the three steps of fp8 comes near a rounding boundary: eight
 # times NOISE flips none. So a correct trainer gets these numbers to FP32 accuracy and its tests can be sharp.
-SEEDS = {"us": 261, "sp": 364, "mup": 0, "umup": 0}
+SEEDS = {"us": 261, "sp": 364, "mup": 1097, "umup": 324}
 WRITE_RUNS = 24
 
 def random_params(random, shapes, std, std1):
@@ -497,7 +497,7 @@ def seeds(scheme):
     while best > 1e-4:
         s, p, batches = state(scheme, seed)
         def spreads():                                          # first what rejects soonest
-            for steps, optimizer, runs in (1, "lion", 2), (3, "adamw", 12), (3, "lion", 12):
+            for steps, optimizer, runs in (1, "lion", 2), (3, "adamw", 32), (3, "lion", 32):
                 true = train(p, batches[:steps], s, Numerics("fp8"), optimizer)
                 for i in range(runs):
                     first, later = apart(train(p, batches[:steps], s, Numerics("fp8", i), optimizer), true, p)
