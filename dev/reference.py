@@ -446,8 +446,10 @@ STATE = dict(layers=2, width=16, heads=4, batch=3, seq=10, vocab=80, tau=0.3, ba
              steps=5, decay=0.01, lr_us=0.02, lr_sp=0.002, lr_mup=0.001, lr_umup=0.1, activation="gelu",
              base_layers=4, alpha_res=0.8, alpha_res_attn_ratio=1.5, alpha_attn=1.25, alpha_act=0.7,
              alpha_out=1.5, emb_lr=2)
-# For these seeds, found by trying, no value in the three steps of fp8 comes near a rounding boundary: eight
-# times NOISE flips none. So a correct trainer gets these numbers to FP32 accuracy and its tests can be sharp.
+# For these seeds, found with --seeds, no value in the three steps of fp8 comes near a rounding boundary, so a
+# correct trainer gets these numbers to FP32 accuracy and its tests can be sharp. Of 48 runs some value flips
+# in none at NOISE, which is four times FP32's errors; at twice NOISE in 6 of umup's (its E4M3 gradients), in
+# none of the others'; at eight times NOISE in none of sp and mup, 6 of us, 16 of umup.
 SEEDS = {"us": 261, "sp": 364, "mup": 1097, "umup": 324}
 WRITE_RUNS = 24
 
