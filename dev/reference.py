@@ -248,8 +248,8 @@ def forward(p, tokens, targets, cfg, num):
     norm = lambda z, ln: num.inexact(lambda z: layernorm(z, p[ln + ".gain"], p[ln + ".bias"]), z)
     # LayerNorm last: [µS] eq. 11, fig. 4a. LayerNorm first: the stream's gradient enters the branch as it is
     # and is multiplied by b where it leaves, in LayerNorm's backward ([u-µP] appendix B): else deep models
-    # lose it in E4M3. So gradients of the branch's matrices are 1/b times as large. (The jitter is for the few
-    # roundings of the sum; where b is 1 there is none but the sum's own, which may be exact, and a tie.)
+    # lose it in E4M3. So gradients of the branch's matrices are 1/b times as large. (The jitter is for few
+    # roundings, of the sum; where b is 1 there is none but the sum's own, which may be exact, and a tie.)
     enter = lambda x, ln, b: x if row.norm_last else Point.apply(norm(x, ln), num.R, lambda d: b * d)
     scaled = lambda f, b: Point.apply(f, lambda f: f.clone() if b == 1 else num.jitter(b * f, 2), exact)
     leave = lambda x, f, ln, a, b: stored(a * x + (b * norm(f, ln) if row.norm_last else scaled(f, b)))
@@ -750,7 +750,7 @@ def test_initialisation(expect):
         else:               # f_act gives standard deviation 1.04, and GELU's mean is not 0
             inputs = [abs(cast[3] - 1) for cast in num.casts if cast[0] == "e4m3 X"]
             expect(what + f"RMS of {len(inputs)} inputs of qkv and up off 1", worst(inputs), 0.05)
-            expect(what + "RMS of the input of down, mean over blocks, off 1.15",       # one block: up to 0.09
+            expect(what + "RMS of the input of down, mean over blocks, off 1.15",      # one block: up to 0.09
                    abs(np.mean([rms(t) for t in down_input]) - 1.15), 0.05)
         for kind in sorted({cast[0] for cast in num.casts}):    # E4M3 for dY: 6 % in one dY of qkv, else 2 %
             casts = [cast for cast in num.casts if cast[0] == kind]
