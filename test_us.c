@@ -621,9 +621,8 @@ static void test_oracle(void) {
                         e = state_entry(&a, "%s.fp8.%s.spread.grad_norms%s", s, o, "");
                         norm_bound = fmax(norm_bound, 4.0 * *(const float*)e->data);
                     }
-                    if (rough)
-                        loss_bound = norm_bound = 0x1p-8 * slack_of_short_sums();  // a BF16 unit; later norms
-                                                                                   // depend on all before
+                    if (rough)  // a BF16 unit; later losses and norms depend on all before
+                        loss_bound = norm_bound = (step ? 0x1p-6 : 0x1p-8) * slack_of_short_sums();
                     check_below(fabs(loss / want_loss - 1), loss_bound, what, "loss");
                     if (!rough || step == 0)
                         check_below(fabs(norm / want_norm - 1), norm_bound, what, "gradient norm");
@@ -788,7 +787,7 @@ static void test_attention_variance(void) {
 }
 // The schemes' rules, for two blocks at four times the base width, a quarter of the base depth.
 static void test_table(void) {
-    static const struct {
+    const struct {
         double alpha, head, lr, lr_down, lr_embedding, lr_norm, scale, init_up, init_down, skip, branch;
     } want[ALL_SCHEMES] = {  // in the order of the schemes; skip, branch: of block 1's mlp
         {.alpha = 1 / sqrt(2048), .head = 1. / 512, .lr = 0.5, .lr_down = 0.5, .lr_embedding = 1,

@@ -167,7 +167,7 @@ UNIT_FACTORS = {"gelu": gelu_factor, "silu": gelu_factor, "relu": lambda mult: R
 def attention_factor(D, T, mult):
     """f_attn, [u-µP] table 3 with mult^2 for mult, as its authors' library has it: for values of RMS 1."""
     w = 1 / (1 + 4 * D / mult**2)
-    return math.exp((w - 1) / 2 * math.log(math.log(T) / T))
+    return math.exp((w - 1) / 2 * math.log(math.log(T) / T)) if T > 1 else 1.0
 
 # What a scheme is. c: settings; C: width; n: fan_in; i: number of a branch, even: attention, odd: mlp.
 
@@ -335,7 +335,7 @@ def train(p, batches, cfg, num, optimizer):
         scales, rate = gradient_scales(p, tokens, cfg), learning_rate(cfg, t)
         factors = {name: rate_factor(cfg, name, W.shape, C) for name, W in p.items()}
         norms.append(math.sqrt(sum(((step["grad." + name].double() / scales[name])**2).sum().item()
-                                   for name, W in p.items() if W.ndim == 2 or factors[name])))
+                                   for name in p if factors[name])))
         for name, W in p.items():
             g, epsilon = step["grad." + name], 1e-8 * (scales[name] if cfg.row.true_epsilon else 1)
             if optimizer == "lion":                             # scales do not matter
@@ -447,10 +447,10 @@ STATE = dict(layers=2, width=16, heads=4, batch=3, seq=10, vocab=80, tau=0.3, ba
              base_layers=4, alpha_res=0.8, alpha_res_attn_ratio=1.5, alpha_attn=1.25, alpha_act=0.7,
              alpha_out=1.5, emb_lr=2)
 # For these seeds, found with --seeds, no value in the three steps of fp8 comes near a rounding boundary, so a
-# correct trainer gets these numbers to FP32 accuracy and its tests can be sharp. Of 48 runs some value flips
-# in none at NOISE, which is four times FP32's errors; at twice NOISE in 6 of umup's (its E4M3 gradients), in
-# none of the others'; at eight times NOISE in none of sp and mup, 6 of us, 16 of umup.
-SEEDS = {"us": 261, "sp": 364, "mup": 1097, "umup": 324}
+# correct trainer gets these numbers to FP32 accuracy and its tests can be sharp. Of 48 runs a flip (3e-4)
+# shows in none at NOISE, which is four times FP32's errors; at twice NOISE in 6 of umup's (its E4M3 gradients),
+# in none of the others'; at eight times NOISE in none of sp and mup, 20 of us, 16 of umup.
+SEEDS = {"us": 7, "sp": 364, "mup": 1097, "umup": 324}
 WRITE_RUNS = 24
 
 def random_params(random, shapes, std, std1):
