@@ -88,7 +88,6 @@ static void share_the_cores(void);        // where other programs use them: thre
 
 static long min_l(long a, long b) { return a < b ? a : b; }
 static long div_up(long a, long b) { return (a + b - 1) / b; }
-
 BOTH static inline uint32_t float_bits(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
 BOTH static inline float bits_float(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
 
@@ -126,24 +125,20 @@ BOTH static inline float round_fp8(float x, Format format) {
 }
 
 // Code to value and back, for E4M3 and E5M2. The CPU computes with values only; a GPU stores the codes: sign,
-// exponent e + bias (E4M3: 7, E5M2: 15, FP32: 127), m bits of mantissa. Exponent 0 is the subnormals', whose
-// value is the code times the least of them.
+// exponent e + bias, m bits of mantissa. Subnormals have the least normal's exponent, and 0 for e + bias.
+BOTH static inline float power_of_2(int k) { return bits_float((uint32_t)(127 + k) << 23); }
 BOTH __attribute__((unused)) static inline float fp8_decode(uint8_t code, Format format) {
-    const int m = format == E4M3 ? 3 : 2, bias = format == E4M3 ? 7 : 15;
-    const uint32_t a = code & 0x7Fu, sign = (uint32_t)code >> 7 << 31;
-    const float least = bits_float((uint32_t)(127 + 1 - bias - m) << 23);
-    if (a >= (format == E4M3 ? 0x7Fu : 0x7Du)) return NAN;
-    if (format == E5M2 && a == 0x7C) return bits_float(sign | 0x7F800000u);
-    return bits_float(sign | (a >> m ? (a << (23 - m)) + ((uint32_t)(127 - bias) << 23)
-                                     : float_bits((float)a * least)));
+    const int m = format == E4M3 ? 3 : 2, bias = format == E4M3 ? 7 : 15, a = code & 0x7F, e = a >> m;
+    const float mantissa = (float)(e ? a % (1 << m) + (1 << m) : a);
+    const float size = mantissa * power_of_2((e ? e : 1) - bias - m), sign = code >> 7 ? -1.0f : 1.0f;
+    return a >= (format == E4M3 ? 0x7F : 0x7D) ? NAN : sign * (format == E5M2 && a == 0x7C ? INFINITY : size);
 }
 BOTH __attribute__((unused)) static uint8_t fp8_encode(float x, Format format) {
     const int m = format == E4M3 ? 3 : 2, bias = format == E4M3 ? 7 : 15;
-    const float a = fabsf(round_fp8(x, format)), least = bits_float((uint32_t)(127 + 1 - bias - m) << 23);
     if (isnan(x)) return 0x7F;
-    const uint32_t normal = (float_bits(a) - ((uint32_t)(127 - bias) << 23)) >> (23 - m);
-    const uint32_t code = a < (float)(1 << m) * least ? (uint32_t)(a / least) : normal;
-    return (uint8_t)(code | (float_bits(x) >> 24 & 0x80u));
+    const float a = fabsf(round_fp8(x, format));
+    const int exponent = (int)(float_bits(a) >> 23) - 127, e = exponent < 1 - bias ? 1 - bias : exponent;
+    return (uint8_t)(((e + bias - 1) << m) + (int)(a * power_of_2(m - e)) + (float_bits(x) >> 31 << 7));
 }
 
 // One value as `format` stores it. An FP8 value is always rounded from the BF16 value (OURS), so that it can
@@ -170,8 +165,8 @@ static const Precision PRECISIONS[] = {{"fp32", FP32, FP32, FP32, FP32}, {"bf16"
 // the result is rounded to its own. out(i,j) is out[i*ld + j].
 // A matrix as matmul sees it: element (i, k) is p[i*row + k*col], rounded to `format` when it is read.
 typedef struct { const float* p; long row, col; Format format; } Operand;
-static inline Operand view(const float* p, long row, long col, Format format) {
-    Operand x = {p, row, col, format};
+static inline Operand view(const float* p, long row, long col, Format f) {
+    Operand x = {p, row, col, f};
     return x;
 }
 __attribute__((unused)) static void matmul_plain(float* out, long ld, Operand a, Operand b, long M, long N,
@@ -194,8 +189,7 @@ static void matmul(float* out, long ld, Operand a, Operand b, long M, long N, lo
 // other gradient is written. `format` is what the result is rounded to.
 
 // Linear: Y = alpha X W^T, without biases. This constant is the method ([µS] table 1): where the entries of
-// X and W have variance 1, a sum of I = fan_in products has variance I, and alpha = 1/sqrt(I) makes it 1
-// again.
+// X and W have variance 1, a sum of I = fan_in products has variance I, which alpha = 1/sqrt(I) makes 1.
 //   Forward alone decides alpha. dX = alpha dY W is a sum over the O outputs: its variance is O/I times dY's.
 // Its RMS doubles through `up`, halves through `down`, and grows by sqrt(3) through `qkv`; E5M2 has thirty
 // octaves. With a constant of its own, dX would not be the gradient of this Y. dW = alpha dY^T X could have
@@ -211,8 +205,7 @@ static void linear_backward(float* dx, float* dw,                               
     matmul(dw, I, view(dy, 1, O, p->gradient), view(x, 1, I, p->input), O, I, N, alpha, 1, FP32);
 }
 
-// out = a x + b y: the residual sum where LayerNorm does not do it, which is forward with pre-LayerNorm and
-// backward with Res-Post-LayerNorm. With b = 0 it is a x. out may be x.
+// out = a x + b y: the residual sum where LayerNorm does not do it. out may be x.
 static void weighted_sum(float* out, float a, const float* x, float b, const float* y,
                          long n, Format format) {
     #pragma omp parallel for schedule(static)
@@ -322,8 +315,7 @@ BOTH static inline float activation_slope(float x, Activation kind) {
     float inner = kind == GELU ? 1.5957691216f * (1.0f + 0.134145f * x * x) : 1.0f;
     return s + x * s * (1.0f - s) * inner;
 }
-// g = out activation(in h); in µS both are 1. In chunks, and with the kind known in each loop, so that every
-// loop vectorizes.
+// g = out activation(in h); in µS both are 1. In chunks, with the kind known in each loop: all vectorize.
 static void activation_forward(float* g, const float* h, Activation kind, float in, float out, long n,
                                Format format) {                                                      // (N,4C)
     #pragma omp parallel for schedule(static)
@@ -371,8 +363,8 @@ static void attention_weights(float* P, const float* q, const float* k, float sc
     }
 }
 
-// y = factor softmax(scale Q K^T) V for positions t0..T-1; a row of qkv is all heads' Q, then K, then V. In
-// µS scale is 1/sqrt(D) and factor 1.
+// y = factor softmax(scale Q K^T) V for positions t0..T-1 (in µS scale is 1/sqrt(D), factor 1); a row of qkv
+// is all heads' Q, then K, then V.
 static void attention_forward(float* y, const float* qkv, float scale, float factor,  // (B,T,C), (B,T,3C)
                               long B, long t0, long T, long C, long H, Format format) {
     const long D = C / H, row = 3 * C;
@@ -468,8 +460,7 @@ static void loss_forward_backward(float* losses, float* logits, const int* targe
 }
 
 // ---- The scheme ----------------------------------------------------------------------------------------
-// A scheme is data: all that tells µS from other ways to parametrize the same model, and nothing else does.
-// What a row does not name is 0.
+// A scheme is data: all that tells µS from other parametrizations. What a row does not name is 0.
 typedef enum { SUM, TAU, MEAN, DEPTH, UNIT } ResidualRule;
 typedef enum { ABSOLUTE, RATES_RELATIVE, ALL_RELATIVE } Relative;
 typedef struct {
@@ -491,7 +482,7 @@ typedef struct {
     float embedding_lr_power;  // embeddings at lr C^embedding_lr_power, head and LayerNorm at lr
     int true_epsilon;          // AdamW's epsilon stands against the true gradient, not S times it
     Format end_input, gradient;              // in fp8, of: inputs of `out` and `down`; output gradients
-    float lr_bytes[2], lr_tokens[2], decay;  // what auto is, with Lion and AdamW: tables in README
+    float lr_bytes[2], lr_tokens[2], decay;  // what auto is, with Lion and AdamW (0: us's): tables in README
 } Scheme;
 static const Scheme SCHEMES[] = {
     {   // µS: [µS] table 2; eq. 11 and fig. 4a. OURS: 1/sqrt(2), as two rows of variance 1 add up to one of
@@ -520,12 +511,10 @@ static const Scheme SCHEMES[] = {
     // What [µS] fig. 4 and 9 compare us with: pre-LayerNorm; a stream that is the mean of all so far.
     {   .name = "us-pre", .norm_learns = 1, .residual = TAU, .embedding_scale = 0.70710678f,
         .hidden_power = -0.5f, .softmax_power = -0.5f, .relative = RATES_RELATIVE, .head_power = -1,
-        .init_std = 1, .lr_power = -0.5f, .end_input = E4M3, .gradient = E5M2,
-        .lr_bytes = {0.02f, 0.02f}, .lr_tokens = {0.08f, 0.16f}, .decay = 1e-3f},
+        .init_std = 1, .lr_power = -0.5f, .end_input = E4M3, .gradient = E5M2},
     {   .name = "us-mean", .norm_last = 1, .norm_learns = 1, .residual = MEAN, .embedding_scale = 0.70710678f,
         .hidden_power = -0.5f, .softmax_power = -0.5f, .relative = RATES_RELATIVE, .head_power = -1,
-        .init_std = 1, .lr_power = -0.5f, .end_input = E4M3, .gradient = E5M2,
-        .lr_bytes = {0.02f, 0.02f}, .lr_tokens = {0.08f, 0.16f}, .decay = 1e-3f},
+        .init_std = 1, .lr_power = -0.5f, .end_input = E4M3, .gradient = E5M2},
 };
 
 // tau, the share of a branch in the stream's variance, depends on depth only ([µS] 3.1, fig. 5, 9). The
@@ -578,8 +567,10 @@ typedef struct {
     char name[32];            // as in a checkpoint: h.0.qkv
     Use use;
     long rows, cols, offset;  // a vector has 1 row; the offset in parameters, gradients, moments
+    float std;                // it starts as N(0, std^2); gains as 1, biases as 0
     float alpha, lr_factor;   // multiplier of its matmul; its learning rate over --lr
     double grad_scale;        // its gradient is so many times the true one
+    double norm_share;        // of its squares in the norm of S times the gradient; 0: it does not learn
     Precision precision;      // of its matmul
 } Tensor;
 static int is_hidden(const Tensor* t) { return t->use <= ENDS; }  // FP8, and the width's learning rate
@@ -709,6 +700,8 @@ static void model_layout(Model* m, const Config* c) {
         t->cols = dim_of(c, k->fan_in);
         t->offset = m->num_params;
         m->num_params += div_up(t->rows * t->cols, 256) * 256;  // every copy begins on a cache line
+        t->std = s->init_std * (is_hidden(t) ? powf(C, s->init_power) : 1);
+        if (t->use == ENDS) t->std *= powf(2 * (float)c->layers / (relative ? L : 1), s->residual_power);
         t->alpha = is_hidden(t) ? powf((float)t->cols, s->hidden_power)
                  : t->use == LOGITS ? c->alpha_out * powf(C, s->head_power) : 1;
         const float fan_in = s->relative ? r : (float)t->cols;  // that of `down` is 4C of 4 d_base
@@ -719,6 +712,7 @@ static void model_layout(Model* m, const Config* c) {
         // the stream's, and not where it leaves it: many blocks make it small ([u-µP] app. B).
         const float later = is_hidden(t) && !s->norm_last ? residual(m, 2 * l + (kind >= UP)).branch : 1;
         t->grad_scale = m->grad_scale / later;
+        t->norm_share = t->lr_factor == 0 ? 0 : later * later;
         t->precision = PRECISIONS[is_hidden(t) ? c->precision : decays(t) ? min_l(c->precision, 1) : 0];
         if (is_hidden(t) && fp8) t->precision.gradient = s->gradient;
         if (t->use == ENDS && fp8) t->precision.input = s->end_input;
@@ -726,37 +720,34 @@ static void model_layout(Model* m, const Config* c) {
 }
 
 static void tensor_init(float* w, const Model* m, const Tensor* t) {
-    const Scheme* s = m->scheme;
-    const int relative = s->relative == ALL_RELATIVE;
-    const float C = (float)m->c.width / (relative ? (float)m->c.base_width : 1);
-    const float L = relative ? m->c.base_layers : (float)m->c.layers;
-    float std = s->init_std;
-    if (is_hidden(t)) std *= powf(C, s->init_power);
-    if (t->use == ENDS) std *= powf(2 * L, s->residual_power);
-    if (decays(t)) fill_normal(w, t->rows * t->cols, std, m->c.seed, stream_of(t->name));
+    if (decays(t)) fill_normal(w, t->rows * t->cols, t->std, m->c.seed, stream_of(t->name));
     else for (long k = 0; k < t->cols; k++) w[k] = t->use == GAIN ? 1.0f : 0.0f;
 }
 
 // ---- Forward -------------------------------------------------------------------------------------------
 // t0 > 0 continues one sequence (B = 1) whose earlier rows are there: N rows from t0 on are computed.
-
 static int stat_row(const Model* m, int l, int kind);
 static void stat_record(Model* m, int row, const char* name, int operand, const float* x, long n, Format f);
-
-// Told after each operation what it has written, n floats of a buffer: tests look, `make bench` takes the
-// time.
+// Told after each operation what it has written, n floats of a buffer: tests look, `make bench` times.
 static void (*watch)(Model* m, int l, int kind, long n);
 static void wrote(Model* m, int l, int kind, long n) {
     if (watch) watch(m, l, kind, n);
 }
 
-// y = linear(x) with block l's matrix `kind`, and statistics of what it reads.
-static void linear(Model* m, int l, int kind, float* y, const float* x, long N) {
+// The operations of a block, each into buffer `to`, N rows from `row`, whose gradient buffers begin with D_.
+// Block l's matrix `kind` times x, and statistics of what it reads.
+static void linear(Model* m, int l, int kind, int to, const float* x, long row, long N) {
     const Tensor* t = tensor(m, l, kind);
     const float* w = param(m, l, kind);
     stat_record(m, stat_row(m, l, kind), t->name, 0, x, N * t->cols, t->precision.input);
     stat_record(m, stat_row(m, l, kind), t->name, 1, w, t->rows * t->cols, t->precision.weight);
-    linear_forward(y, x, w, t->alpha, &t->precision, N, t->cols, t->rows);
+    linear_forward(buffer(m, l, to, row), x, w, t->alpha, &t->precision, N, t->cols, t->rows);
+    wrote(m, l, to, N * t->rows);
+}
+// sum.skip x + sum.branch f.
+static void join(Model* m, int l, int to, Residual sum, const float* x, const float* f, long row, long N) {
+    weighted_sum(buffer(m, l, to, row), sum.skip, x, sum.branch, f, N * m->c.width, m->precision->stream);
+    wrote(m, l, to, N * m->c.width);
 }
 // A LayerNorm: its parameters, and where the mean and 1/deviation of its rows are kept.
 typedef struct { int gain, bias, mean, rstd; } Norm;
@@ -764,15 +755,16 @@ static const Norm NORM1 = {.gain = LN1_GAIN, .bias = LN1_BIAS, .mean = A_MEAN1, 
                   NORM2 = {.gain = LN2_GAIN, .bias = LN2_BIAS, .mean = A_MEAN2, .rstd = A_RSTD2},
                   FINAL = {.gain = LNF_GAIN, .bias = LNF_BIAS, .mean = A_MEANF, .rstd = A_RSTDF};
 static const Residual NO_SUM = {0, 1};
-// out = LN(x), of N rows from `row`, or the residual sum of skip and that.
-static void norm(Model* m, int l, Norm k, float* out, const float* x, const float* skip, Residual sum,
-                 long row, long N) {
-    layernorm_forward(out, buffer(m, l, k.mean, row), buffer(m, l, k.rstd, row), x, param(m, l, k.gain),
-                      param(m, l, k.bias), skip, sum.skip, sum.branch, N, m->c.width, m->precision->stream);
+// LN(x), or the residual sum of skip and that.
+static void norm(Model* m, int l, Norm k, int to, const float* x, const float* skip, Residual sum, long row,
+                 long N) {
+    layernorm_forward(buffer(m, l, to, row), buffer(m, l, k.mean, row), buffer(m, l, k.rstd, row), x,
+                      param(m, l, k.gain), param(m, l, k.bias), skip, sum.skip, sum.branch, N, m->c.width,
+                      m->precision->stream);
+    wrote(m, l, to, N * m->c.width);
 }
 
-// What forward keeps of a block: (N,C), but qkv (N,3C), up and g (N,4C), means and rstds (N). In the order of
-// the table of buffers.
+// What forward keeps of a block, in the table's order: (N,C), but qkv (N,3C), up, g (N,4C), means, rstds (N).
 typedef struct {
     float *norm1, *qkv, *y, *out, *mean1, *rstd1, *mid, *norm2, *up, *g, *down, *mean2, *rstd2, *x;
 } Block;
@@ -786,8 +778,7 @@ static const float* stream_before(const Model* m, int l, long row) {
     return l ? buffer(m, l - 1, A_X, row) : buffer(m, 0, A_X0, row);
 }
 
-// Block l. The schemes differ in where LayerNorm stands: at the end of a branch, in one operation with the
-// sum (us: post), or at its beginning (sp).
+// Block l. LayerNorm stands at the end of a branch, in one operation with the sum (post), or at its start.
 static void block_forward(Model* m, int l, long B, long t0, long T) {
     const long C = m->c.width, N = B * T - t0;
     const Format f = m->precision->stream;
@@ -796,29 +787,21 @@ static void block_forward(Model* m, int l, long B, long t0, long T) {
     const Block b = block_of(m, l, t0), all = block_of(m, l, 0);  // attention reads earlier rows
     const float* before = stream_before(m, l, t0);
 
-    if (!post) norm(m, l, NORM1, b.norm1, before, NULL, NO_SUM, t0, N);
-    if (!post) wrote(m, l, A_NORM1, N * C);
-    linear(m, l, QKV, b.qkv, post ? before : b.norm1, N);
-    wrote(m, l, A_QKV, N * 3 * C);
+    if (!post) norm(m, l, NORM1, A_NORM1, before, NULL, NO_SUM, t0, N);
+    linear(m, l, QKV, A_QKV, post ? before : b.norm1, t0, N);
     attention_forward(all.y, all.qkv, m->softmax_scale, m->attention_factor, B, t0, T, C, m->c.heads, f);
     wrote(m, l, A_Y, N * C);
-    linear(m, l, OUT, b.out, b.y, N);
-    wrote(m, l, A_OUT, N * C);
-    if (post) norm(m, l, NORM1, b.mid, b.out, before, sum1, t0, N);
-    else weighted_sum(b.mid, sum1.skip, before, sum1.branch, b.out, N * C, f);
-    wrote(m, l, A_MID, N * C);
+    linear(m, l, OUT, A_OUT, b.y, t0, N);
+    if (post) norm(m, l, NORM1, A_MID, b.out, before, sum1, t0, N);
+    else join(m, l, A_MID, sum1, before, b.out, t0, N);
 
-    if (!post) norm(m, l, NORM2, b.norm2, b.mid, NULL, NO_SUM, t0, N);
-    if (!post) wrote(m, l, A_NORM2, N * C);
-    linear(m, l, UP, b.up, post ? b.mid : b.norm2, N);
-    wrote(m, l, A_UP, N * 4 * C);
+    if (!post) norm(m, l, NORM2, A_NORM2, b.mid, NULL, NO_SUM, t0, N);
+    linear(m, l, UP, A_UP, post ? b.mid : b.norm2, t0, N);
     activation_forward(b.g, b.up, (Activation)m->c.activation, m->act_in, m->act_out, N * 4 * C, f);
     wrote(m, l, A_G, N * 4 * C);
-    linear(m, l, DOWN, b.down, b.g, N);
-    wrote(m, l, A_DOWN, N * C);
-    if (post) norm(m, l, NORM2, b.x, b.down, b.mid, sum2, t0, N);
-    else weighted_sum(b.x, sum2.skip, b.mid, sum2.branch, b.down, N * C, f);
-    wrote(m, l, A_X, N * C);
+    linear(m, l, DOWN, A_DOWN, b.g, t0, N);
+    if (post) norm(m, l, NORM2, A_X, b.down, b.mid, sum2, t0, N);
+    else join(m, l, A_X, sum2, b.mid, b.down, t0, N);
     stat_record(m, 5 * (l + 1), form("h.%d.x", l), 0, b.x, N * C, f);
 }
 
@@ -831,8 +814,7 @@ static void model_forward(Model* m, long B, long t0, long T) {
     wrote(m, 0, A_X0, N * C);
     stat_record(m, 0, "x", 0, m->buffers[A_X0], N * C, m->precision->stream);
     for (int l = 0; l < m->c.layers; l++) block_forward(m, l, B, t0, T);
-    norm(m, 0, FINAL, buffer(m, 0, A_LNF, t0), stream_before(m, m->c.layers, t0), NULL, NO_SUM, t0, N);
-    wrote(m, 0, A_LNF, N * C);
+    norm(m, 0, FINAL, A_LNF, stream_before(m, m->c.layers, t0), NULL, NO_SUM, t0, N);
 }
 
 // logits = alpha LNf(x) W_head^T for N rows from `row`; alpha is 1/C ([µS] table 2). Not tied to wte.
@@ -861,24 +843,25 @@ static double model_loss(Model* m, int want_gradient) {
 }
 
 // ---- Backward ------------------------------------------------------------------------------------------
-static void linear_back(Model* m, int l, int kind, float* dx, const float* dy, const float* x) {
+static void linear_back(Model* m, int l, int kind, int to, const float* dy, const float* x) {
     const Tensor* t = tensor(m, l, kind);
     stat_record(m, stat_row(m, l, kind), t->name, 2, dy, m->rows * t->rows, t->precision.gradient);
-    linear_backward(dx, grad(m, l, kind), dy, x, param(m, l, kind), t->alpha, &t->precision, m->rows, t->cols,
-                    t->rows);
+    linear_backward(m->buffers[to], grad(m, l, kind), dy, x, param(m, l, kind), t->alpha, &t->precision,
+                    m->rows, t->cols, t->rows);
+    wrote(m, l, to, m->rows * t->cols);
 }
-static void norm_back(Model* m, int l, Norm k, float* dx, const float* dout, const float* x,
-                      const float* dskip, Residual sum) {
-    layernorm_backward(dx, grad(m, l, k.gain), grad(m, l, k.bias), dout, x, buffer(m, l, k.mean, 0),
-                       buffer(m, l, k.rstd, 0), param(m, l, k.gain), dskip, sum.skip, sum.branch, m->rows,
-                       m->c.width, m->precision->stream);
+static void norm_back(Model* m, int l, Norm k, int to, const float* dout, const float* x, const float* dskip,
+                      Residual sum) {
+    layernorm_backward(m->buffers[to], grad(m, l, k.gain), grad(m, l, k.bias), dout, x,
+                       buffer(m, l, k.mean, 0), buffer(m, l, k.rstd, 0), param(m, l, k.gain), dskip, sum.skip,
+                       sum.branch, m->rows, m->c.width, m->precision->stream);
+    wrote(m, l, to, m->rows * m->c.width);
 }
 
 // From the gradient after block l, in D_X, to that before it, also in D_X. In turn D_X has d x, d mid, d
 // before; D_BRANCH d down, d out, where LayerNorm ends the branch (else D_X is that); D_WIDE d g, d up, d
 // qkv; D_NARROW d mid's part through `up`, d y, d before's part through `qkv` (or d norm2, d y, d norm1).
-//   Of a sum's coefficients the branch's is in LayerNorm's backward: a branch's first step, or its last (see
-// Tensor.grad_scale).
+//   Of a sum's coefficients the branch's is in LayerNorm's backward: a branch's first step here, or its last.
 static void block_backward(Model* m, int l, long B, long T) {
     const long C = m->c.width, N = B * T;
     const Format f = m->precision->stream;
@@ -888,30 +871,23 @@ static void block_backward(Model* m, int l, long B, long T) {
     const float* before = stream_before(m, l, 0);
     float *dx = m->buffers[D_X], *dout = post ? m->buffers[D_BRANCH] : dx, *ddown = dout;
     float *dy = m->buffers[D_NARROW], *din = dy, *dg = m->buffers[D_WIDE], *dup = dg, *dqkv = dg;
+    const Residual skip1 = {sum1.skip, 1}, skip2 = {sum2.skip, 1};
 
-    if (post) norm_back(m, l, NORM2, ddown, dx, b.down, NULL, sum2);
-    if (post) wrote(m, l, D_BRANCH, N * C);
-    linear_back(m, l, DOWN, dg, ddown, b.g);
-    wrote(m, l, D_WIDE, N * 4 * C);
+    if (post) norm_back(m, l, NORM2, D_BRANCH, dx, b.down, NULL, sum2);
+    linear_back(m, l, DOWN, D_WIDE, ddown, b.g);
     activation_backward(dup, dg, b.up, (Activation)m->c.activation, m->act_in, m->act_out, N * 4 * C, f);
     wrote(m, l, D_WIDE, N * 4 * C);
-    linear_back(m, l, UP, din, dup, post ? b.mid : b.norm2);
-    wrote(m, l, D_NARROW, N * C);
-    if (post) weighted_sum(dx, sum2.skip, dx, 1.0f, din, N * C, f);
-    else norm_back(m, l, NORM2, dx, din, b.mid, dx, sum2);
-    wrote(m, l, D_X, N * C);
+    linear_back(m, l, UP, D_NARROW, dup, post ? b.mid : b.norm2);
+    if (post) join(m, l, D_X, skip2, dx, din, 0, N);
+    else norm_back(m, l, NORM2, D_X, din, b.mid, dx, sum2);
 
-    if (post) norm_back(m, l, NORM1, dout, dx, b.out, NULL, sum1);
-    if (post) wrote(m, l, D_BRANCH, N * C);
-    linear_back(m, l, OUT, dy, dout, b.y);
-    wrote(m, l, D_NARROW, N * C);
+    if (post) norm_back(m, l, NORM1, D_BRANCH, dx, b.out, NULL, sum1);
+    linear_back(m, l, OUT, D_NARROW, dout, b.y);
     attention_backward(dqkv, dy, b.qkv, m->softmax_scale, m->attention_factor, B, T, C, m->c.heads, f);
     wrote(m, l, D_WIDE, N * 3 * C);
-    linear_back(m, l, QKV, din, dqkv, post ? before : b.norm1);
-    wrote(m, l, D_NARROW, N * C);
-    if (post) weighted_sum(dx, sum1.skip, dx, 1.0f, din, N * C, f);
-    else norm_back(m, l, NORM1, dx, din, before, dx, sum1);
-    wrote(m, l, D_X, N * C);
+    linear_back(m, l, QKV, D_NARROW, dqkv, post ? before : b.norm1);
+    if (post) join(m, l, D_X, skip1, dx, din, 0, N);
+    else norm_back(m, l, NORM1, D_X, din, before, dx, sum1);
 }
 
 // Adds S times the gradient of the last model_loss(m, 1) to m->grads.
@@ -926,8 +902,7 @@ static void model_backward(Model* m) {
     matmul(dlnf, C, view(dlogits, m->vp, 1, f), view(w_head, 1, C, f), N, C, V, 1.0f, 0,
            m->precision->stream);
     wrote(m, 0, D_BRANCH, N * C);
-    norm_back(m, 0, FINAL, dx, dlnf, stream_before(m, m->c.layers, 0), NULL, NO_SUM);
-    wrote(m, 0, D_X, N * C);
+    norm_back(m, 0, FINAL, D_X, dlnf, stream_before(m, m->c.layers, 0), NULL, NO_SUM);
     for (int l = m->c.layers - 1; l >= 0; l--) {
         const int stats_on = m->stats_on;
         if (m->c.recompute && l < m->c.layers - 1) {  // the last block's buffers are there
@@ -996,11 +971,6 @@ static void model_update(Model* m, double lr) {
         else lion_update(w, m1, g, n, r);
     }
 }
-
-// How a tensor's squares count in the norm of S times the gradient: what does not learn is not in it.
-static double share_of_norm(const Model* m, const Tensor* t) {
-    return t->lr_factor == 0 ? 0 : pow(m->grad_scale / t->grad_scale, 2);
-}
 // Norm of the true gradient; *bad is the first tensor with a value that is not finite, or NULL.
 static double gradient_norm(const Model* m, const Tensor** bad) {
     enum { CHUNK = 65536 };  // fixed: the same bits for any number of threads
@@ -1025,7 +995,7 @@ static double gradient_norm(const Model* m, const Tensor** bad) {
         double sum = 0;
         for (long k = div_up(m->tensors[i].rows * m->tensors[i].cols, CHUNK); k > 0; k--) sum += *sums++;
         if (!isfinite(sum) && !*bad) *bad = &m->tensors[i];
-        total += sum * share_of_norm(m, &m->tensors[i]);
+        total += sum * m->tensors[i].norm_share;
     }
     return sqrt(total) / m->grad_scale;
 }
@@ -1092,7 +1062,6 @@ static char* form(const char* format, ...) {  // printf into a string that lasts
     va_end(args);
     return to;
 }
-
 static const char* shown(const char* s) {  // a path or text of the user's, safe to print in one line
     char* copy = form("%s", s);
     make_safe(copy, (long)strlen(copy), 0);
@@ -1115,13 +1084,11 @@ static void die(const char* format, ...) {
     if (last_words) last_words();
     exit(1);
 }
-
 static char* copied(const char* s) {
     char* copy = strdup(s);
     if (!copy) die("out of memory");
     return copy;
 }
-
 static void* alloc(double bytes) {  // zeroed, on a cache line; in double no product of sizes wraps around
     void* p = NULL;
     double physical = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
@@ -1130,7 +1097,6 @@ static void* alloc(double bytes) {  // zeroed, on a cache line; in double no pro
             bytes * 1e-9, physical * 1e-9);
     return memset(p, 0, (size_t)bytes + 64);
 }
-
 static float* scratch(int slot, long n) {
     static __thread struct { float* p; long n; } slots[SCRATCH_SLOTS];
     if (slots[slot].n < n) {
@@ -1140,17 +1106,15 @@ static float* scratch(int slot, long n) {
     }
     return slots[slot].p;
 }
-
 static double seconds(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-// A thread that waits for the others spins for a while before it sleeps. Where other programs use the cores,
-// it spins in the place of the very thread it waits for: with twice as many busy processes as cores a step
-// took ten times as long. libgomp (gcc) spins 300,000 times and reads its setting before main: set it and
-// begin again. 2,000 turns (0.1 ms) are as much as threads differ on an idle machine. A user's setting wins.
+// A thread that waits spins for a while before it sleeps. Where other programs use the cores, it spins in the
+// place of the very thread it waits for: a step took ten times as long. libgomp (gcc) spins 300,000 times and
+// reads its setting before main: set it and begin again. Threads differ by 2,000 turns (0.1 ms) if idle.
 static void wait_briefly(char** argv) {
 #if defined(_OPENMP) && !defined(KMP_VERSION_MAJOR)
     char self[PATH_MAX];
@@ -1206,7 +1170,6 @@ static inline void pack(float* to, const Operand* x, long i0, long rows, long k0
     }
     round_all(to - kc * R, kc * R, x->format);
 }
-
 // sums[i][j] = sum over k of a[k][i] * b[k][j], everything in registers.
 static inline void tile(Vec sums[MR][NV], const float* a, const float* b, long kc) {
     Vec c[MR][NV];
@@ -1216,7 +1179,6 @@ static inline void tile(Vec sums[MR][NV], const float* a, const float* b, long k
             for (int j = 0; j < NV; j++) c[i][j] += a[i] * ((const Vec*)b)[j];
     memcpy(sums, c, sizeof c);
 }
-
 static inline void store(float* out, const float* sums, float alpha, long n, int add) {
     if (n == NR && add) for (int j = 0; j < NR; j++) out[j] += alpha * sums[j];  // full rows as vectors
     else if (n == NR) for (int j = 0; j < NR; j++) out[j] = alpha * sums[j];
@@ -1367,8 +1329,7 @@ static void fill_normal(float* x, long n, float std, uint64_t seed, uint64_t str
 }
 
 // ---- Data ----------------------------------------------------------------------------------------------
-// The bytes of any file, or shards of GPT-2 tokens in llm.c's format: int32[256] header (magic, version,
-// count), then uint16 tokens. Files are mapped, not read.
+// Any file's bytes, or llm.c's shards of GPT-2 tokens: int32[256] (magic, version, count), uint16 tokens.
 enum { SHARD_MAGIC = 20240520, TOKENIZER_MAGIC = 20240328, BYTES_VOCAB = 256, GPT2_VOCAB = 50257 };
 
 static const uint8_t* map_file(const char* path, const char* what, long* size) {
@@ -1388,7 +1349,6 @@ static uint32_t read_u32(const uint8_t* p) { uint32_t u; memcpy(&u, p, 4); retur
 typedef struct { const uint8_t* p; long count; const char* path; } Shard;
 typedef struct { Shard* shards; int num_shards, bytes_per_token; long count; } Tokens;
 struct Split { const Tokens* tokens; long start, count; };  // a range of them
-
 static const char* volatile being_read = "a file";
 static void on_bus_error(int number) {  // what reads behind the cut of a mapped file gets this signal
     signal(number, SIG_DFL);
@@ -1473,7 +1433,6 @@ static long window_start(uint64_t seed, long sequence, long count, long T) {
     } while (x >= (uint64_t)n);
     return (long)(random_u64(seed, stream, 0) % (uint64_t)(count - n * T)) + (long)x * T;
 }
-
 static void next_batch(Model* m, const Split* train) {
     for (long b = 0, T = m->c.seq; b < m->c.batch; b++)
         tokens_read(train, window_start(m->c.seed, m->sequence++, train->count, T), T, m->inputs + b * T,
@@ -1485,7 +1444,6 @@ static void next_batch(Model* m, const Split* train) {
 // An Archive is what such a file holds: tensors, begin to end behind the header; metadata, names and values.
 typedef struct { char *name, *value, *dtype; int dims; long shape[4], begin, end; const void* data; } Entry;
 typedef struct { Entry *entries, *meta; int num_entries, num_meta; char *path, *text, *next; } Archive;
-
 static Entry* archive_entry(Entry** list, int* n, const char* name) {  // one more
     Entry* longer = (Entry*)realloc(*list, sizeof(Entry) * (size_t)(*n + 1));
     if (!longer) die("out of memory");
@@ -1603,8 +1561,7 @@ static void json_tensor(Archive* a, Entry* e, const uint8_t* data, long size) {
         else if (numbers < 0 && strcmp(key, "data_offsets") == 0) numbers = json_counts(a, offsets, 2);
         else json_die(a, "a tensor has an unknown or repeated property");
     }
-    if (!e->dtype || e->dims < 0 || numbers < 0) json_die(a, "a tensor lacks dtype, shape or offsets");
-    if (numbers != 2) json_die(a, "a tensor's offsets are not two numbers");
+    if (!e->dtype || e->dims < 0 || numbers != 2) json_die(a, "a tensor lacks dtype, shape or offsets");
     if (strcmp(e->dtype, "F32") != 0 && strcmp(e->dtype, "I32") != 0)
         json_die(a, "a tensor is neither F32 nor I32");
     for (int i = 0; i < e->dims; i++) bytes *= (double)e->shape[i];
@@ -1655,7 +1612,6 @@ static void archive_read(Archive* a, const char* path) {
 // ---- Text ----------------------------------------------------------------------------------------------
 // A byte is its own token; GPT-2's tokens need llm.c's tokenizer file, which data/tokenize.py writes.
 typedef struct { int vocab, end; const uint8_t* bytes[65536]; int length[65536]; } Text;
-
 static void text_open(Text* t, const char* path) {  // path NULL: bytes
     static uint8_t identity[BYTES_VOCAB];
     long size, at = 1024;
@@ -1692,7 +1648,6 @@ static void text_print(const Text* t, int token) {  // -1 ends the text
     memmove(held, held + done, (size_t)(n -= done));
     if (end && token >= 0) fputs("\n---\n", stdout);
 }
-
 static int text_find(const Text* t, const uint8_t* s, int n) {
     for (int i = 0; i < t->vocab; i++)
         if (t->length[i] == n && memcmp(t->bytes[i], s, (size_t)n) == 0) return i;
@@ -1803,7 +1758,6 @@ static const Option OPTIONS[] = {
     {"help", "", 0, FLAG, NO, AT(help), 0, 1, "this page"},
 };
 static const Option* const OPTIONS_END = OPTIONS + sizeof OPTIONS / sizeof *OPTIONS;
-
 static int choice(char to[16], const char* choices, int i) {  // the i-th of "a|b|c": is there one?
     for (int n = 0; sscanf(choices, "%15[^|]%n", to, &n) == 1; choices += n + (choices[n] == '|'))
         if (i-- == 0) return 1;
@@ -1861,7 +1815,7 @@ static void print_help(void) {
         printf("%s%s%s%s\n", flag, only, o->help, *o->value ? form(" [%s]", o->value) : "");
     }
     printf("auto: --tau 0.4 up to 4 layers, then 0.4 (4/layers)^0.43; with adamw (lion: README)\n");
-    for (const Scheme* s = SCHEMES; s < SCHEMES + sizeof SCHEMES / sizeof *SCHEMES; s++)
+    for (const Scheme* s = SCHEMES; s->decay > 0; s++)
         printf("      %-8s --lr %g for bytes, %g for GPT-2's tokens, --decay %g\n", s->name,
                (double)s->lr_bytes[ADAMW], (double)s->lr_tokens[ADAMW], (double)s->decay);
 }
@@ -1900,10 +1854,10 @@ static int option_applies(const Config* c, const Option* o) {
 }
 // What auto stands for, once the data has told the vocabulary; and do the settings fit each other?
 static void config_defaults(Config* c) {
-    const Scheme* s = &SCHEMES[c->scheme];
+    const Scheme *s = &SCHEMES[c->scheme], *rated = s->decay > 0 ? s : SCHEMES;
     if (c->tau < 0) c->tau = default_tau(c->layers);
-    if (c->lr < 0) c->lr = (c->vocab == BYTES_VOCAB ? s->lr_bytes : s->lr_tokens)[c->optimizer];
-    if (c->decay < 0) c->decay = s->decay;
+    if (c->lr < 0) c->lr = (c->vocab == BYTES_VOCAB ? rated->lr_bytes : rated->lr_tokens)[c->optimizer];
+    if (c->decay < 0) c->decay = rated->decay;
     if (c->width % c->heads) die("--width %d is not a multiple of --heads %d", c->width, c->heads);
     for (const Option* o = OPTIONS; o < OPTIONS_END; o++)
         if (!option_applies(c, o) && strcmp(option_get(c, o), o->value) != 0)
@@ -1911,8 +1865,7 @@ static void config_defaults(Config* c) {
 }
 
 // ---- Device --------------------------------------------------------------------------------------------
-// A device does the arithmetic of a run. This file has one; train_us.cu has another, which keeps the model to
-// itself: its tensors come and go one at a time.
+// Does the arithmetic of a run. train_us.cu has another, which keeps the model: tensors come and go singly.
 typedef enum { PARAMS, FIRST_MOMENT, SECOND_MOMENT } Lasting;  // what a checkpoint has of each tensor
 typedef struct {
     const char* name;
@@ -1948,16 +1901,12 @@ static const float* cpu_next(Model* m, long t0, long length) {
     model_logits(m, length - 1, 1);
     return buffer(m, 0, A_LOGITS, length - 1);
 }
-// Numbers below 2^-126 cost a CPU a hundred times what others do, and a softmax that saturates makes many.
+// Numbers below 2^-126 cost an x86 a hundred times what others do; a softmax that saturates makes many.
 static void cpu_open(Model* m) {
     #pragma omp parallel
     {
 #if defined(__SSE2__)
         _mm_setcsr(_mm_getcsr() | 0x8040);  // they are 0, as results and as operands
-#elif defined(__aarch64__)
-        uint64_t fpcr;
-        __asm__ volatile("mrs %0, fpcr" : "=r"(fpcr));
-        __asm__ volatile("msr fpcr, %0" ::"r"(fpcr | 1 << 24));
 #endif
     }
     model_alloc_buffers(m);
@@ -1972,7 +1921,6 @@ static void cpu_put(Model* m, Lasting what, const Tensor* t, const void* values)
 __attribute__((unused)) static const Device CPU = {
     "CPU", 1, cpu_open, cpu_nothing, NULL, cpu_step, cpu_loss, cpu_trace, cpu_update,
     cpu_next, cpu_nothing, cpu_get, cpu_put, NULL};
-
 static void model_init(Model* m, const Device* device) {  // as it begins, once the device is open
     for (const Tensor* t = m->tensors; t < m->tensors + m->num_tensors; t++) {
         float* w = scratch(SCRATCH_TENSOR, t->rows * t->cols);
@@ -2129,23 +2077,12 @@ static double file_number(const char* path, const char* key) {  // infinite wher
     if (f) fclose(f);
     return number;
 }
-static double group_available(const char* dir, const char* limit, const char* used) {  // of a control group
-    const double most = file_number(form("%s/%s", dir, limit), "");
-    const double cache = file_number(form("%s/memory.stat", dir), "inactive_file ");  // given back on demand
-    return isinf(most) ? most : most - file_number(form("%s/%s", dir, used), "") + (isinf(cache) ? 0 : cache);
-}
-static double memory_available(void) {  // bytes that the machine, control group (v2, v1) and ulimit -v leave
-    char line[4096], group[2][4096] = {"", ""};
+static double memory_available(void) {  // bytes that the machine, a container and ulimit -v leave
     struct rlimit own = {RLIM_INFINITY, RLIM_INFINITY};
-    double least = 1024 * file_number("/proc/meminfo", "MemAvailable:");
-    FILE* f = fopen("/proc/self/cgroup", "r");
-    while (f && fgets(line, sizeof line, f))
-        if (sscanf(line, "0::%4095[^\n]", group[0]) != 1) sscanf(line, "%*d:memory:%4095[^\n]", group[1]);
-    if (f) fclose(f);
-    if (access(form("/sys/fs/cgroup/memory%s", group[1]), F_OK) != 0) *group[1] = 0;  // as in a container
-    least = fmin(least, group_available(form("/sys/fs/cgroup%s", group[0]), "memory.max", "memory.current"));
-    least = fmin(least, group_available(form("/sys/fs/cgroup/memory%s", group[1]), "memory.limit_in_bytes",
-                                        "memory.usage_in_bytes"));
+    const double most = file_number("/sys/fs/cgroup/memory.max", "");
+    const double cache = file_number("/sys/fs/cgroup/memory.stat", "inactive_file ");  // given back on demand
+    const double left = most - (file_number("/sys/fs/cgroup/memory.current", "") - cache);  // NaN: no group
+    const double least = fmin(1024 * file_number("/proc/meminfo", "MemAvailable:"), left);
     getrlimit(RLIMIT_AS, &own);
     if (own.rlim_cur == RLIM_INFINITY) return least;
     return fmin(least, (double)own.rlim_cur - 4096 * file_number("/proc/self/statm", ""));
@@ -2257,12 +2194,6 @@ static void generate(Model* m, const Device* device, const Text* text, int count
 }
 
 // ---- Training ------------------------------------------------------------------------------------------
-static void print_files(const char* what, const Tokens* t) {
-    const int n = t->num_shards;
-    printf("%s: %s", what, shown(t->shards[0].path));
-    if (n > 1) printf(" to %s, %d files", shown(t->shards[n - 1].path), n);
-    printf(", %ld %s\n", t->count, t->bytes_per_token == 1 ? "bytes" : "tokens");
-}
 static void print_header(const Model* m, const Device* device, const Split* train, const Split* val) {
     int column = printf("us.c on %s, threads %d,", device->name, max_threads());
     for (const Option* o = OPTIONS; o < OPTIONS_END; o++) {
@@ -2276,18 +2207,17 @@ static void print_header(const Model* m, const Device* device, const Split* trai
         if (i >= BLOCK_TENSORS && i < m->c.layers * BLOCK_TENSORS) continue;  // the blocks are alike
         const char* name = i < BLOCK_TENSORS ? form("h.*.%s", TENSORS[i].name) : t->name;
         const char* rows = t->use >= GAIN ? "" : form("%ld x ", t->rows);
-        const Precision* p = &t->precision;
-        const char *w = FORMATS[p->weight].name, *x = FORMATS[p->input].name, *dy = FORMATS[p->gradient].name;
-        const char* formats = is_hidden(t) ? form("%s %s %s", x, w, dy) : w;
-        printf("  %-14s  %-13s %-15s %-11.4g %-14.4g %s\n", name, form("%s%ld", rows, t->cols), formats,
+        const char *x = FORMATS[t->precision.input].name, *w = FORMATS[t->precision.weight].name;
+        const char* all = is_hidden(t) ? form("%s %s %s", x, w, FORMATS[t->precision.gradient].name) : w;
+        printf("  %-14s  %-13s %-15s %-11.4g %-14.4g %s\n", name, form("%s%ld", rows, t->cols), all,
                (double)t->alpha, (double)(m->c.lr * t->lr_factor), decays(t) ? "yes" : "no");
     }
     if (!*m->c.out && !*m->c.dump) printf("nothing will be saved: that takes --out DIR\n");
-    print_files("input", train->tokens);
-    if (val->tokens != train->tokens) print_files("val", val->tokens);
+    const char* unit = m->c.vocab == BYTES_VOCAB ? "bytes" : "tokens";
+    printf("input: %s, %ld %s\n", shown(m->c.input), train->tokens->count, unit);
+    if (val->tokens != train->tokens) printf("val: %s, %ld %s\n", shown(m->c.val), val->tokens->count, unit);
     printf("%ld %s to train on, %ld to validate on; %ld tokens a step\n%.2f M parameters; ", train->count,
-           m->c.vocab == BYTES_VOCAB ? "bytes" : "tokens", val->count, m->rows * m->c.accum,
-           (double)m->num_params * 1e-6);
+           unit, val->count, m->rows * m->c.accum, (double)m->num_params * 1e-6);
 }
 
 // One screen for four blocks: for each linear its three operands; for each block the stream after it.

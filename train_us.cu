@@ -1042,7 +1042,7 @@ static __global__ void __launch_bounds__(THREADS) add_loss_kernel(Result* r, con
 
 // Sums of squares of the gradients, by chunks that never span two tensors.
 enum { CHUNK = 65536 };
-typedef struct { long offset, n; int tensor; double share; } Chunk;  // share_of_norm
+typedef struct { long offset, n; int tensor; double share; } Chunk;  // norm_share
 static Chunk* chunks_of(const Model* m, int* count) {
     Chunk* chunks = (Chunk*)alloc(sizeof(Chunk) * ((double)m->num_params / CHUNK + m->num_tensors + 1));
     *count = 0;
@@ -1050,7 +1050,7 @@ static Chunk* chunks_of(const Model* m, int* count) {
         const long size = m->tensors[i].rows * m->tensors[i].cols;
         for (long at = 0; at < size; at += CHUNK) {
             const Chunk k = {m->tensors[i].offset + at, min_l(CHUNK, size - at), i,
-                             share_of_norm(m, &m->tensors[i])};
+                             m->tensors[i].norm_share};
             chunks[(*count)++] = k;
         }
     }

@@ -94,9 +94,9 @@ scheme: inputs of out and down of umup in E4M3 | s/.end_input = E5M2/.end_input 
 scheme: all gradients are S times the true ones | s/t->grad_scale = m->grad_scale \/ later/t->grad_scale = m->grad_scale/
 scheme: attention's factor is missing in dV | s/keys, D, n, factor, add/keys, D, n, 1.0f, add/
 scheme: the activation's inner factor is missing in backward | s/(out \* in \* slope/(out * slope/
-scheme: what does not learn is in the norm | s/t->lr_factor == 0 ? 0 : pow/pow/
-block: the mlp reads what attention read | s/b.up, post ? b.mid/b.up, post ? before/
-backward: the stream's gradient without sqrt(1-tau) | s/weighted_sum(dx, sum2.skip, dx, 1.0f, din/weighted_sum(dx, 1.0f, dx, 1.0f, din/
+scheme: what does not learn is in the norm | s/t->lr_factor == 0 ? 0 : later/later/
+block: the mlp reads what attention read | s/UP, A_UP, post ? b.mid/UP, A_UP, post ? before/
+backward: the stream's gradient without sqrt(1-tau) | s/skip2 = {sum2.skip, 1}/skip2 = {1, 1}/
 backward: S without the accumulated batches | s/(double)m->rows \* c->accum \* pow/(double)m->rows * pow/
 accumulation: each batch starts the gradient anew | s/        r.loss += model_loss/        memset(m->grads, 0, sizeof(float) * (size_t)m->num_params), r.loss += model_loss/
 accumulation: losses are added, not averaged | s/model_loss(m, 1) \/ m->c.accum/model_loss(m, 1)/
