@@ -502,7 +502,7 @@ static const Scheme SCHEMES[] = {
         .relative = ALL_RELATIVE, .head_power = -1, .init_std = 0.02f, .init_power = -0.5f,
         .residual_power = -0.5f, .lr_power = -1, .lr_depth_power = -0.5f, .true_epsilon = 1,
         .end_input = E4M3, .gradient = E5M2,
-        .lr_bytes = {3e-4f, 2e-3f}, .lr_tokens = {5e-4f, 2e-3f}, .decay = 1e-4f},
+        .lr_bytes = {3e-4f, 1e-3f}, .lr_tokens = {5e-4f, 1e-3f}, .decay = 1e-4f},
     {   // u-µP: [u-µP] tables 1, 3, app. B; formats as in its 4.3. No base shape.
         .name = "umup", .residual = UNIT, .embedding_scale = 0.70710678f, .hidden_power = -0.5f,
         .softmax_power = -1, .unit_ops = 1, .head_power = -1, .init_std = 1, .lr_power = -0.5f,

@@ -5,7 +5,8 @@ Where the default learning rates come from: tiny models at four widths, a run fo
     python dev/rates.py 'data/tinyshakespeare/*_train_*.bin' --steps 100
 
 For each scheme and optimizer a table: validation loss at the end, rates down, widths across, the best of each width
-in bold. Runs are one thread each, as many at once as there are cores; --steps (300) and --seed for others.
+in bold. Runs are one thread each, as many at once as there are cores; --steps (300), --seed, --schemes,
+--optimizers and --widths for others.
 """
 
 import argparse
@@ -43,11 +44,14 @@ def main():
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--schemes", nargs="+", default=sorted({kind[0] for kind in LOWEST}))
+    parser.add_argument("--optimizers", nargs="+", default=["adamw", "lion"])
+    parser.add_argument("--widths", nargs="+", type=int, default=WIDTHS)
     args = parser.parse_args()
     if not os.access(TRAINER, os.X_OK):
         sys.exit("rates.py: there is no ./train_us: make it first")
     jobs = {(kind, width, LOWEST[kind] * 2 ** octave): None
-            for kind in LOWEST if kind[0] in args.schemes for width in WIDTHS for octave in range(OCTAVES)}
+            for kind in LOWEST if kind[0] in args.schemes and kind[1] in args.optimizers
+            for width in args.widths for octave in range(OCTAVES)}
     start = time.time()
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         futures = {pool.submit(run, args, *kind, width, rate): (kind, width, rate) for kind, width, rate in jobs}
@@ -56,14 +60,14 @@ def main():
             print(f"\r{n} of {len(jobs)} runs, {time.time() - start:.0f} s", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     for kind in {job[0]: None for job in jobs}:
-        print(f"\n{kind[0]}, {kind[1]}, {args.steps} steps\n\n| rate | " + " | ".join(f"C = {w}" for w in WIDTHS) +
-              " |\n|---|" + "---|" * len(WIDTHS))
-        best = {w: min(jobs[kind, w, LOWEST[kind] * 2 ** o] for o in range(OCTAVES)) for w in WIDTHS}
+        print(f"\n{kind[0]}, {kind[1]}, {args.steps} steps\n\n| rate | " + " | ".join(f"C = {w}" for w in args.widths) +
+              " |\n|---|" + "---|" * len(args.widths))
+        best = {w: min(jobs[kind, w, LOWEST[kind] * 2 ** o] for o in range(OCTAVES)) for w in args.widths}
         for octave in range(OCTAVES):
             rate = LOWEST[kind] * 2 ** octave
-            losses = [jobs[kind, w, rate] for w in WIDTHS]
+            losses = [jobs[kind, w, rate] for w in args.widths]
             print(f"| {rate:.3g} | " + " | ".join(f"**{x:.3f}**" if x == best[w] else f"{x:.3f}"
-                                                   for x, w in zip(losses, WIDTHS)) + " |")
+                                                   for x, w in zip(losses, args.widths)) + " |")
 
 
 if __name__ == "__main__":

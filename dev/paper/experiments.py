@@ -251,7 +251,7 @@ TABLE = [
                run=search, judge=judge.searches, picture="searches"),
     Experiment("decay", "The best fully decoupled weight decay is the same at every width.", "µS fig. 6",
                "weight decay, by width",
-               series={s: SCHEMES[s] for s in ("us", "sp")}, base={"lr": BEST},
+               series={s: SCHEMES[s] for s in ("us", "umup", "sp")}, base={"lr": BEST},
                across=("width", [32, 64, 128]), swept=("decay", octaves(-13, -6))),
     Experiment("embedding", "Embeddings should learn at C^-1/2, not at µP's constant rate.", "u-µP fig. 1",
                "embedding's rate rule and rate, by width (256 bytes are few: try a GPU, tokens, wide models)",

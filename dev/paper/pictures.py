@@ -81,7 +81,7 @@ def curves(e, rows):
         ax.set_xlabel({"lr": "rate"}.get(e.swept[0], e.swept[0]))
     axes[0].set_ylabel("validation loss (x: above, or diverged)")
     if len(groups) > 1:
-        axes[-1].legend(title=e.across[0], loc="upper left", title_fontsize=7.5, frameon=True,
+        axes[-1].legend(title=e.across[0], loc="upper center", title_fontsize=7.5, frameon=True,
                         framealpha=0.85, edgecolor="none")
     return fig
 
