@@ -2035,6 +2035,7 @@ static void test_step_by_step(void) {
     step_by_step(gpu_config(UMUP, IN_FP8, ADAMW, 2, 128, 2, 70, 1, 256, GELU));
     step_by_step(gpu_config(UMUP, IN_FP32, LION, 2, 64, 4, 21, 2, 77, SILU));
     step_by_step(gpu_config(UMUP, IN_BF16, ADAMW, 1, 128, 1, 40, 1, 256, RELU));
+    step_by_step(gpu_config(UMUP, IN_BF16, LION, 1, 64, 2, 33, 1, 77, SILU));
     step_by_step(gpu_config(MUP, IN_FP8, ADAMW, 2, 128, 4, 33, 2, 256, GELU));
     step_by_step(gpu_config(US_PRE, IN_FP8, LION, 2, 64, 1, 33, 1, 256, GELU));
     step_by_step(gpu_config(US_MEAN, IN_FP8, ADAMW, 2, 64, 2, 33, 1, 256, GELU));
