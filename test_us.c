@@ -2159,10 +2159,10 @@ static void test_head_in_pieces(void) {
 }
 
 // Logits for the next token, window by window, are those of the CPU.
-static void test_next(void) {
+static void check_next(int scheme) {
     Tokens tokens, other;
     Config c = small_config();
-    c.precision = IN_FP32, c.layers = 2, c.width = 48, c.heads = 3, c.seq = 90, c.batch = 1;
+    c.precision = IN_FP32, c.layers = 2, c.width = 48, c.heads = 3, c.seq = 90, c.batch = 1, c.scheme = scheme;
     Model a = text_model_on(&GPU, c, &tokens, "README.md"), b = text_model(c, &other, "README.md");
     Split all = {&tokens, 0, tokens.count};
     tokens_read(&all, 0, 90, a.inputs, a.targets), tokens_read(&all, 0, 90, b.inputs, b.targets);
@@ -2170,12 +2170,16 @@ static void test_next(void) {
     for (int i = 0; i < 6; i++) {
         float* want = floats(256);
         memcpy(want, CPU.next(&b, 0, stops[i]), 256 * sizeof(float));
-        check_below(distance(GPU.next(&a, 0, stops[i]), want, 256), 1e-5, "logits",
-                    form("after %ld tokens", stops[i]));
+        check_below(distance(GPU.next(&a, 0, stops[i]), want, 256), 1e-5, SCHEMES[scheme].name,
+                    form("logits after %ld tokens", stops[i]));
         free(want);
     }
     GPU.close(&a), CPU.close(&b), model_free(&a), model_free(&b);
     forget(&tokens), forget(&other);
+}
+static void test_next(void) {
+    check_next(US);
+    check_next(UMUP);  // attention's factor is that of the training run's --seq, not of the window so far
 }
 
 // A run begun on the GPU goes on on the CPU, and the other way round.
