@@ -2162,7 +2162,8 @@ static void test_head_in_pieces(void) {
 static void check_next(int scheme) {
     Tokens tokens, other;
     Config c = small_config();
-    c.precision = IN_FP32, c.layers = 2, c.width = 48, c.heads = 3, c.seq = 90, c.batch = 1, c.scheme = scheme;
+    c.precision = IN_FP32, c.layers = 2, c.width = 48, c.heads = 3, c.seq = 90, c.batch = 1;
+    c.scheme = scheme;
     Model a = text_model_on(&GPU, c, &tokens, "README.md"), b = text_model(c, &other, "README.md");
     Split all = {&tokens, 0, tokens.count};
     tokens_read(&all, 0, 90, a.inputs, a.targets), tokens_read(&all, 0, 90, b.inputs, b.targets);
