@@ -644,7 +644,7 @@ static void test_oracle(void) {
 // The true gradient is grads / grad_scale, for all schemes and activations: central
 // differences along the gradient itself, where the slope of the loss is its norm. The step moves the loss by
 // 4e-5 either way. Of that difference FP32 loses 6e-8 RMS, 2e-7 at worst (the losses of 42 rows, near 4.4,
-// are each rounded to 2^-21 three times), 0.25 %; ReLU's kinks take up to 0.2 %, all curvature under 0.01 %.
+// are each rounded to 2^-21 three times), 0.25 %; ReLU's kinks take up to 0.5 %, all curvature under 0.01 %.
 static void test_model_gradient(void) {
     for (int scheme = US; scheme < ALL_SCHEMES; scheme++)
         for (int activation = GELU; activation <= SILU; activation++) {
@@ -679,7 +679,7 @@ static void test_model_gradient(void) {
                 memcpy(w, kept, sizeof(float) * (size_t)n);
                 free(kept);
                 const double slope = (value[1] - value[0]) / (2 * h);
-                check_below(fabs(slope / want - 1), 0.005,
+                check_below(fabs(slope / want - 1), activation == RELU ? 0.01 : 0.005,
                             form("%s: slope along the gradient of", m.scheme->name), t->name);
             }
             model_free(&m);
