@@ -431,11 +431,13 @@ static Config small_config(void) {
     return c;
 }
 enum { US, SP, MUP, UMUP, US_PRE, US_MEAN, ALL_SCHEMES };
-static void odd_multipliers(Config* c) {  // none of them 1, where the scheme has them
+static float* multiplier(Config* c, const Option* o) {  // that the scheme has, or NULL
+    return o->type == FLOAT && o->choices && option_applies(c, o) ? (float*)((char*)c + o->offset) : NULL;
+}
+static void odd_multipliers(Config* c) {  // none of them 1
     float value = 0.8f;
     for (const Option* o = OPTIONS; o < OPTIONS_END; o++)
-        if (o->type == FLOAT && o->choices && option_applies(c, o))
-            *(float*)((char*)c + o->offset) = value, value *= 1.2f;
+        if (multiplier(c, o)) *multiplier(c, o) = value, value *= 1.2f;
 }
 static const Entry* state_entry(const Archive* a, const char* format, const char* x, const char* y,
                                 const char* z) {
@@ -551,10 +553,10 @@ static void check_tensors(const Model* m, const float* data, const float* base, 
 static void state_multipliers(Config* c, const Archive* a) {
     for (const Option* o = OPTIONS; o < OPTIONS_END; o++) {
         char key[64];
-        if (o->type != FLOAT || !o->choices || !option_applies(c, o)) continue;
+        if (!multiplier(c, o)) continue;
         snprintf(key, sizeof key, "%s", o->name);
         for (char* at = key; (at = strchr(at, '-')) != NULL;) *at = '_';
-        *(float*)((char*)c + o->offset) = (float)meta_number(a, key);
+        *multiplier(c, o) = (float)meta_number(a, key);
     }
 }
 static void test_oracle(void) {

@@ -472,15 +472,15 @@ typedef struct {
     float hidden_power;        // multiplier alpha of a hidden linear = fan_in^hidden_power
     float softmax_power;       // attention's scores are multiplied by D^softmax_power, D = C/H
     int unit_ops;              // outputs of attention and activation have factors: attention_factor()
-    Relative relative;         // C, fan_in, L below: as they are, or over those of a base shape
-    float head_power;          // alpha of the head = C^head_power
+    Relative relative;         // over a base shape: none of C, L, fan_in below; lr_power's fan_in; all
+    float head_power;          // alpha of the head = alpha_out C^head_power
     float init_std;            // of every matrix and both embeddings; of hidden matrices times
     float init_power;          //   C^init_power, and of `out` and `down` also times
     float residual_power;      //   (2L)^residual_power (of the base shape if all is relative)
     float lr_power;            // hidden matrices learn at lr fan_in^lr_power
     float lr_depth_power;      //   L^lr_depth_power,
     float embedding_lr_power;  // embeddings at lr C^embedding_lr_power, head and LayerNorm at lr
-    int true_epsilon;          // AdamW's epsilon stands against the true gradient, not S times it
+    int true_epsilon;          // AdamW's epsilon stands against the true gradient, not the scaled one
     Format end_input, gradient;              // in fp8, of: inputs of `out` and `down`; output gradients
     float lr_bytes[2], lr_tokens[2], decay;  // what auto is, with Lion and AdamW (0: us's): tables in README
 } Scheme;
@@ -603,7 +603,7 @@ typedef struct {
     int num_tensors;
     long num_params, rows, vp;           // floats in all; N = B*T of one batch; padded vocabulary
     float softmax_scale, attention_factor, act_in, act_out;  // see attention_forward, activation_forward
-    double grad_scale;                   // S: gradients are S times the true ones
+    double grad_scale;                   // S: what all gradients are scaled by (but see Tensor.grad_scale)
     float loss_scale;                    // 1; --grad-scale turns S off with it
     int training;                        // or else only to run forward
     float *params, *grads, *m, *v;       // (num_params) each, on the host; v with AdamW only
@@ -890,7 +890,7 @@ static void block_backward(Model* m, int l, long B, long T) {
     else norm_back(m, l, NORM1, D_X, din, before, dx, sum1);
 }
 
-// Adds S times the gradient of the last model_loss(m, 1) to m->grads.
+// Adds the gradients of the last model_loss(m, 1), each times its tensor's grad_scale, to m->grads.
 static void model_backward(Model* m) {
     const long B = m->c.batch, T = m->c.seq, C = m->c.width, V = m->c.vocab, N = m->rows;
     const Format f = tensor(m, 0, HEAD)->precision.gradient;
@@ -916,7 +916,7 @@ static void model_backward(Model* m) {
 }
 
 // ---- Optimizers and schedule ---------------------------------------------------------------------------
-// Both see S times the gradient: Lion takes its sign, AdamW divides it by its own size. It is not clipped:
+// Both see a scaled gradient: Lion takes its sign, AdamW divides it by its own size. It is not clipped:
 // the size of a step does not follow the size of the gradient in either.
 
 // Learning rate of step s = 1, 2, ...: linear warm-up, then a cosine to 10 % of the peak at the last step.
@@ -927,8 +927,8 @@ static double learning_rate(const Config* c, long s) {
 }
 
 // What a tensor's step at rate lr takes from the schedule. The decay follows it and not the peak rate: lambda
-// lr_t / lr_max, the same at every width; hidden matrices learn at lr sqrt(d_base / C) ([µS] table 2, 3.2).
-// At the default width of 128 that is 1.41 --lr, for the paper names its rates for d_base = 256.
+// lr_t / lr_max, the same at every width. In µS hidden matrices learn at lr sqrt(d_base / C) ([µS] table 2,
+// 3.2): at the default width of 128 that is 1.41 --lr, for the paper names its rates for d_base = 256.
 typedef struct { float lr, decay, eps, c1, c2; } Rates;  // c1, c2: AdamW's bias corrections
 static Rates rates(const Model* m, const Tensor* t, double lr) {
     Rates r = {(float)lr * t->lr_factor, decays(t) ? m->c.decay * (float)(lr / m->c.lr) : 0,
@@ -1815,8 +1815,8 @@ static void print_help(void) {
         printf("%s%s%s%s\n", flag, only, o->help, *o->value ? form(" [%s]", o->value) : "");
     }
     printf("auto: --tau 0.4 up to 4 layers, then 0.4 (4/layers)^0.43; with adamw (lion: README)\n");
-    for (const Scheme* s = SCHEMES; s->decay > 0; s++)
-        printf("      %-8s --lr %g for bytes, %g for GPT-2's tokens, --decay %g\n", s->name,
+    for (const Scheme* s = SCHEMES; s < SCHEMES + sizeof SCHEMES / sizeof *SCHEMES; s++)
+        if (s->decay > 0) printf("      %-8s --lr %g for bytes, %g for GPT-2's tokens, --decay %g\n", s->name,
                (double)s->lr_bytes[ADAMW], (double)s->lr_tokens[ADAMW], (double)s->decay);
 }
 
@@ -1883,7 +1883,6 @@ typedef struct {
     void (*put)(Model* m, Lasting what, const Tensor* t, const void* values);  // floats, however aligned
     const char* (*utilisation)(const Model* m, double rate);  // of the device, at so many tokens/s: " | ..."
 } Device;
-
 static StepResult cpu_update(Model* m, double lr) {
     StepResult r = {0, 0, NULL};
     return cpu_finish(m, r, lr);

@@ -9,7 +9,7 @@ Data flow ([µS] 3, fig. 1). With static scaling no tensor is looked at before i
 kernel: whoever computes a tensor also writes its FP8 codes, once row by row and once transposed, as the FP8
 tensor cores want the summed dimension contiguous in both operands.
 
-  value                        written by                     as
+  value                        written by                     as (umup: gradients in E4M3, y and g in E5M2)
   stream x                     embedding, norm_forward        BF16, E4M3, E4M3 transposed
   attention output y           attention_forward              BF16, E4M3, E4M3 transposed
   activation g                 activation_forward             E4M3, E4M3 transposed (`up`'s output stays BF16)
@@ -358,8 +358,8 @@ norm_forward_kernel(Dest<S> out, float* mean, float* rstd, S* sum, const S* x, c
 }
 
 // The two places of a LayerNorm in a branch differ in where the stream's gradient goes:
-//   last (us)   dx = a dskip + dout is the stream's gradient, kept in `sum`; out = LN'(b dx), into the branch
-//   first (sp)  out = a dskip + LN'(dout), which is the stream's gradient and the next branch's too
+//   last        dx = a dskip + dout is the stream's gradient, kept in `sum`; out = LN'(b dx), into the branch
+//   first       out = a dskip + LN'(dout), which is the stream's gradient and the next branch's too
 // dskip = NULL: no such term. partial: what this block's rows add to dgain and dbias, 16 rows in one.
 template <class S> static __global__ void __launch_bounds__(THREADS, sizeof(S) == 2 ? 3 : 2)
 norm_backward_kernel(Dest<S> out, S* sum, float* partial, const S* dout, const S* dskip, const S* x,
@@ -1398,7 +1398,7 @@ static int buffers_of(const Model* m, int k) {
     const int per_block = kept(m, k), post = m->scheme->norm_last;
     if (k == A_NORM1 || k == A_NORM2) return post || gpu.is_fp8 ? 0 : per_block;
     if (k == A_G) return gpu.is_fp8 ? 0 : per_block;
-    if (k == A_OUT || k == A_DOWN) return post ? per_block : 1;        // sp: used up by the residual sum
+    if (k == A_OUT || k == A_DOWN) return post ? per_block : 1;        // else used up by the residual sum
     if (k == A_MID) return post && gpu.is_fp8 ? 1 : per_block;         // us: backward needs its codes only
     if (k == A_X) return post && gpu.is_fp8 && !m->c.recompute ? 1 : per_block;
     return k == A_LOSSES ? 0 : per_block;
@@ -1534,9 +1534,10 @@ template <class S> static Dest<S> value_only(S* value, long W, long N) {
     return d;
 }
 template <class S> static Dest<S> input_of(const Model* m, int l, int kind, S* value, int always, long N) {
-    Dest<S> d = value_only(always || !gpu.is_fp8 || gpu.full ? value : (S*)NULL, tensor(m, l, kind)->cols, N);
+    const Tensor* t = tensor(m, l, kind);
+    Dest<S> d = value_only(always || !gpu.is_fp8 || gpu.full ? value : (S*)NULL, t->cols, N);
     if (gpu.is_fp8) d.q = gpu.x, d.qt = m->training ? gpu.xt[kind][slot(m, l)] : NULL;
-    d.format = gpu.is_fp8 ? tensor(m, l, kind)->precision.input : E4M3;
+    if (gpu.is_fp8) d.format = t->precision.input;
     return d;
 }
 template <class S>
@@ -1623,7 +1624,7 @@ template <class S> static void enter_block(Model* m, int l, long N) {
 }
 
 // A block, from its first linear's input to its stream and the next linear's input: each residual sum is one
-// kernel with the LayerNorm before it (us) or with the one after it, which is the next branch's (sp). alone:
+// kernel with the LayerNorm before it (post) or with the one after it, which is the next branch's. alone:
 // again, for backward: nothing beyond the block.
 template <class S> static void block_forward_gpu(Model* m, int l, long B, long T, int alone) {
     const long C = m->c.width, N = B * T;
@@ -1781,7 +1782,7 @@ template <class S> static void block_backward_gpu(Model* m, int l, long B, long 
     trace_buffer(m, l, D_X, dx, 0, N * C);
 }
 
-// Adds S times the gradient of the batch that forward_gpu and head_gpu have seen to gpu.grads.
+// Adds the scaled gradients of the batch that forward_gpu and head_gpu have seen to gpu.grads.
 template <class S> static void backward_gpu(Model* m, long B, long T) {
     const long C = m->c.width, N = B * T;
     const int post = m->scheme->norm_last, stats_on = m->stats_on, tracing = gpu.tracing;

@@ -21,6 +21,7 @@ import measure
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 TRAINERS = {"cpu": "train_us", "emu": "train_us_emu", "cuda": "train_us_cuda"}
 INF = float("inf")
+NAME = os.path.basename(sys.argv[0])  # of the command that uses this
 # A rehearsal takes every road at sizes that cost nothing. Runs that differ in a number alone are run once.
 TINY = {"width": 32, "layers": 2, "heads": 1, "seq": 16, "batch": 2, "steps": 3, "warmup": 1,
         "eval-tokens": 64}
@@ -72,10 +73,10 @@ class Lab:
         if mode != "plan":
             self.trainer = os.path.join(ROOT, TRAINERS[args.device])
             if not os.access(self.trainer, os.X_OK):
-                sys.exit(f"run.py: there is no {self.trainer}: make {TRAINERS[args.device]}")
+                sys.exit(f"{NAME}: there is no {self.trainer}: make {TRAINERS[args.device]}")
             if not glob.glob(args.data):
                 known = args.data.endswith("tinyshakespeare.txt")
-                sys.exit(f"run.py: there is no {args.data}" + ": sh data/tinyshakespeare.sh" * known)
+                sys.exit(f"{NAME}: there is no {args.data}" + ": sh data/tinyshakespeare.sh" * known)
             self.data = os.path.abspath(args.data)
             self.data_digest = digest_of_data(args.data)
             os.makedirs(cache, exist_ok=True)
