@@ -42,6 +42,10 @@ train_us: train_us.c .flags
 test_us: test_us.c train_us.c .flags
 	$(BUILD) test_us.c -o $@ -lm
 
+# The same with Intel's matrix unit in plain C, for machines without one.
+test_us_amx: test_us.c train_us.c dev/cpu/amx_model.h .flags
+	$(BUILD) -include dev/cpu/amx_model.h test_us.c -o $@ -lm
+
 bench_us: dev/bench.c train_us.c .flags
 	$(BUILD) dev/bench.c -o $@ -lm
 
@@ -145,7 +149,7 @@ out/cuda/race/%: out/dev/cuda/%.cpp $(LAB:%=out/%) out/train_us.cpp out/emu.o tr
 	$(CPP) $@.o out/emu.o dev/emu/race.cpp -o $@
 
 # ---- Tests
-test: test_us test_us_emu
+test: test_us test_us_amx test_us_emu
 	@dev/test.sh
 
 # The text of `make train` is this project itself: no download. It is written once, so that a run that was interrupted
@@ -186,7 +190,7 @@ fuzz: fuzz_us
 	  -artifact_prefix=out/fuzz/$${r%:*}- -print_final_stats=1 || exit 1; done
 
 clean:
-	rm -rf train_us fuzz_us train_us_emu train_us_cuda test_us test_us_sanitized test_us_emu test_us_emu_asan \
+	rm -rf train_us fuzz_us train_us_emu train_us_cuda test_us test_us_amx test_us_sanitized test_us_emu test_us_emu_asan \
 	  test_us_emu_race test_us_cuda test_us_plain bench_us bench_gpu probe_gpu out .flags .flags_cuda .flags_emu \
 	  $(basename $(wildcard dev/cuda/*.cu))
 

@@ -189,11 +189,12 @@ static void test_exp(void) {
 // Matmul against a plain loop in double: the error of a sum of K FP32 products is at most K 2^-24 sum |a b|.
 
 static void test_matmul(void) {
-    const long shapes[][3] = {{1, 1, 1},    {1, 17, 300},   {5, 3, 2},      {13, 33, 257},
-                              {64, 64, 64}, {127, 50, 513}, {300, 2100, 20}};
-    for (int i = 0; i < 7; i++)
+    // The last ones: several stretches of K; more rows and words than a block has; more than caches hold.
+    const long shapes[][3] = {{1, 1, 1}, {1, 17, 300}, {5, 3, 2}, {13, 33, 257}, {64, 64, 64}, {127, 50, 513},
+                              {300, 2100, 20}, {3, 40, 1700}, {1100, 20, 1100}, {520, 2048, 40}};
+    for (int i = 0; i < 10; i++)
         for (int mode = 0; mode < 8; mode++) {
-            const long M = shapes[i][0], N = shapes[i][1], K = shapes[i][2], ld = N + 3;
+            const long M = shapes[i][0], N = shapes[i][1], K = shapes[i][2], ld = N + (N < 2048 ? 3 : 0);
             const int ta = mode & 1, tb = mode >> 1 & 1, accumulate = mode >> 2;
             float *a = normals(M * K, 1, "a"), *b = normals(N * K, 1, "b"), *out = normals(M * ld, 1, "out"),
                   *old = normals(M * ld, 1, "out");
@@ -299,7 +300,8 @@ static void test_gradients(void) {
 
         l.kind = 0;
         layer_forward(&l);
-        linear_backward(dx, dw, l.r, l.x, l.w, 0.3f, &PRECISIONS[0], N, C, l.O);
+        memset(dw, 0xFF, sizeof(float) * (size_t)(l.O * C));  // NaN: without `add` it is written
+        linear_backward(dx, dw, l.r, l.x, l.w, 0.3f, &PRECISIONS[0], N, C, l.O, 0);
         check_gradient(&l, N * l.O, l.x, dx, N * C, "linear", "dx");
         check_gradient(&l, N * l.O, l.w, dw, l.O * C, "linear", "dw");
 
@@ -663,8 +665,9 @@ static void test_model_gradient(void) {
                 m.inputs[i] = (int)(random_u64(3, 1, (uint64_t)i) % 77);
                 m.targets[i] = (int)(random_u64(3, 2, (uint64_t)i) % 77);
             }
+            memset(m.grads, 0xFF, sizeof(float) * (size_t)m.num_params);
             model_loss(&m, 1);
-            model_backward(&m);
+            model_backward(&m, 0);
             for (int i = 0; i < m.num_tensors; i++) {
                 const Tensor* t = &m.tensors[i];
                 float *w = m.params + t->offset, *g = m.grads + t->offset;
@@ -1765,6 +1768,9 @@ static void test_dump(void) {
     const Run* r =
         run_us("--input train_us.c --precision bf16 --optimizer lion --dump %s/dump.safetensors " TINY);
     check(r->status == 0, "--dump: %s", r->err);
+    const int refused = getenv("AMX_REFUSED") != NULL;  // of dev/cpu/amx_model.h
+    const char* unit = !PAIRS_BY ? " floats\n" : refused ? "kernel refuses AMX" : form("by %s\n", PAIRS_BY);
+    check(strstr(r->out, unit) != NULL, "the header does not say what multiplies BF16: %s", r->out);
     text_file(path, sizeof path, "dump.safetensors");
     archive_read(&a, path);
     Tokens tokens;
@@ -1776,7 +1782,7 @@ static void test_dump(void) {
     float loss = (float)model_loss(&m, 0), *logits = floats((double)(m.rows * m.vp));
     memcpy(logits, m.buffers[A_LOGITS], sizeof(float) * (size_t)(m.rows * m.vp));
     model_loss(&m, 1);
-    model_backward(&m);
+    model_backward(&m, 0);
     check(*(const float*)archive_find(&a, "loss", 1, 1) == loss, "dump: loss");
     check(memcmp(state_entry(&a, "logits%s%s%s", "", "", "")->data, logits,
                  sizeof(float) * (size_t)(m.rows * 256)) == 0,
@@ -1854,15 +1860,15 @@ static void remember(Model* m, int block, int kind, long n) {
     seen[seen_count++].data = data;
 }
 // Two roundings of nearly the same sum are the same BF16 value or neighbours: one unit apart; where the sum
-// cancels, its own error counts, which goes with the size of its terms. On tensor cores attention rounds P
-// and dS to BF16 too, and everywhere its backward takes rowsum(P dP) from the rounded y: errors of up to 2^-9
-// of each term.
+// cancels, its own error counts, which goes with the size of its terms. Attention's weights are rounded on
+// both sides, but a GPU's relative to the largest score so far, by tiles of 64 keys or, without tensor cores,
+// by key; and its backward takes rowsum(P dP) from the rounded y: errors of up to 2^-9 of each term.
 static void compare(Model* m, int block, int kind, long n) {
     const float* got = seen[seen_at].data;
     float* want = buffer(m, block, kind, 0);
     const long D = m->c.width / m->c.heads;
-    const int mlp_gradient = n == m->rows * 4 * m->c.width, tensor_cores = D == 32 || D == 64 || D == 128;
-    const int attention = (kind == A_Y && tensor_cores) || (kind == D_WIDE && !mlp_gradient);
+    const double attention = kind == D_WIDE && n == m->rows * 3 * m->c.width ? 0x1p-8
+                             : kind != A_Y ? 0 : D == 32 || D == 64 || D == 128 ? 0x1p-11 : 0x1p-9;
     char what[128];
     snprintf(what, sizeof what, "%s: block %d, %s, buffer %d", seen_what, block, BUFFER_KINDS[kind].name,
              seen_at);
@@ -1875,7 +1881,7 @@ static void compare(Model* m, int block, int kind, long n) {
         for (long i = 0; i < n; i++) if (i % m->vp >= m->c.vocab) seen[seen_at].data[i] = want[i];
     const double off = distance(got, want, n);
     if (m->precision->stream == FP32) check_below(off, 1e-5, what, "");
-    else if (attention) check_below(off, 0x1p-8, what, "");
+    else if (attention > 0) check_below(off, attention, what, "");
     else {
         double square = 0, worst = 0;
         for (long i = 0; i < n; i++) square += (double)want[i] * want[i] / (double)n;
@@ -1971,9 +1977,8 @@ static void step_by_step(Config c) {
         watch = remember;
         const double loss = GPU.trace(&other);
         watch = compare;
-        memset(cpu.grads, 0, sizeof(float) * (size_t)cpu.num_params);
         const double want = model_loss(&cpu, 1);
-        model_backward(&cpu);
+        model_backward(&cpu, 0);
         watch = NULL;
         check(seen_at == seen_count, "%s: the GPU wrote %d buffers, the CPU %d", seen_what, seen_count,
               seen_at);

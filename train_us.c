@@ -52,10 +52,11 @@ a format is narrower, the float holds a value which that format has.
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 #ifdef __SSE2__
-#include <xmmintrin.h>
+#include <immintrin.h>
 #endif
 #ifdef _OPENMP
 #include <omp.h>
@@ -87,6 +88,7 @@ static uint64_t stream_of(const char* name);
 static void share_the_cores(void);        // where other programs use them: threads wait without spinning
 
 static long min_l(long a, long b) { return a < b ? a : b; }
+static long max_l(long a, long b) { return a > b ? a : b; }
 static long div_up(long a, long b) { return (a + b - 1) / b; }
 BOTH static inline uint32_t float_bits(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
 BOTH static inline float bits_float(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
@@ -147,6 +149,10 @@ static inline float round_to(float x, Format format) {
     return format == FP32 ? x : format == BF16 ? round_bf16(x) : round_fp8(round_bf16(x), format);
 }
 
+static void zero(float* x, long n) {
+    #pragma omp parallel for schedule(static) if (n > 65536)
+    for (long i = 0; i < n; i += 4096) memset(x + i, 0, sizeof(float) * (size_t)min_l(4096, n - i));
+}
 // Rounds n values in place. A loop per format, so that each one vectorizes.
 static inline void round_all(float* x, long n, Format format) {
     if (format == BF16) for (long i = 0; i < n; i++) x[i] = round_bf16(x[i]);
@@ -185,8 +191,9 @@ static void matmul(float* out, long ld, Operand a, Operand b, long M, long N, lo
                    int accumulate, Format format);
 
 // ---- Layers --------------------------------------------------------------------------------------------
-// Each is a forward and a backward. Gradients named dX belong to X; a weight gradient is added to, every
-// other gradient is written. `format` is what the result is rounded to.
+// Each is a forward and a backward. Gradients named dX belong to X. A parameter's gradient is added to, but a
+// matrix's only if `add`: a step's first batch writes it. Every other one is written. `format` is what the
+// result is rounded to.
 
 // Linear: Y = alpha X W^T, without biases. This constant is the method ([µS] table 1): where the entries of
 // X and W have variance 1, a sum of I = fan_in products has variance I, which alpha = 1/sqrt(I) makes 1.
@@ -200,9 +207,9 @@ static void linear_forward(float* y, const float* x, const float* w,    // (N,O)
 }
 static void linear_backward(float* dx, float* dw,                                    // (N,I), (O,I)
                             const float* dy, const float* x, const float* w,         // (N,O), (N,I), (O,I)
-                            float alpha, const Precision* p, long N, long I, long O) {
+                            float alpha, const Precision* p, long N, long I, long O, int add) {
     matmul(dx, I, view(dy, O, 1, p->gradient), view(w, 1, I, p->weight), N, I, O, alpha, 0, p->stream);
-    matmul(dw, I, view(dy, 1, O, p->gradient), view(x, 1, I, p->input), O, I, N, alpha, 1, FP32);
+    matmul(dw, I, view(dy, 1, O, p->gradient), view(x, 1, I, p->input), O, I, N, alpha, add, FP32);
 }
 
 // out = a x + b y: the residual sum where LayerNorm does not do it. out may be x.
@@ -343,14 +350,16 @@ static void activation_backward(float* dh, const float* dg, const float* h, Acti
 }
 
 // Causal attention, one head at a time, QUERIES rows of the score matrix at a time: no T x T matrix is ever
-// stored. Backward computes the same probabilities again with the same function.
+// stored. Backward computes the same weights again with the same function. Weights and dS are rounded to
+// `format` where a matmul reads them, as a GPU's tensor cores want it (OURS); sums are of those not rounded.
 enum { QUERIES = 64 };
 
-// P[i][j] = softmax over j <= t0+i of scale q_i k_j, zero for later j; rows i < n, columns j < t0+n.
-static void attention_weights(float* P, const float* q, const float* k, float scale, long row, long t0,
-                              long n, long D) {
-    long keys = t0 + n;
-    matmul(P, keys, view(q, row, 1, FP32), view(k, row, 1, FP32), n, keys, D, scale, 0, FP32);
+// P[i][j] = e^(s_ij - max_j s_ij), s_ij = scale q_i k_j, for j <= t0+i, zero for later j, and the sum of each
+// row: softmax is P / sums. Rows i < n, columns j < t0+n.
+static void attention_weights(float* P, float* sums, const float* q, const float* k, float scale, long row,
+                              long t0, long n, long D, Format format) {
+    const long keys = t0 + n;
+    matmul(P, keys, view(q, row, 1, format), view(k, row, 1, format), n, keys, D, scale, 0, FP32);
     for (long i = 0; i < n; i++) {
         float *p = P + i * keys, max = p[0], sum = 0.0f;
         long seen = t0 + i + 1;
@@ -358,8 +367,8 @@ static void attention_weights(float* P, const float* q, const float* k, float sc
         for (long j = 0; j < seen; j++) max = p[j] > max ? p[j] : max;
         #pragma omp simd reduction(+ : sum)
         for (long j = 0; j < seen; j++) sum += p[j] = fast_exp(p[j] - max);
-        for (long j = 0; j < seen; j++) p[j] *= 1.0f / sum;
         memset(p + seen, 0, sizeof(float) * (size_t)(keys - seen));
+        sums[i] = sum;
     }
 }
 
@@ -371,17 +380,21 @@ static void attention_forward(float* y, const float* qkv, float scale, float fac
     #pragma omp parallel for schedule(dynamic, 1)
     for (long bh = 0; bh < B * H; bh++) {
         const float *q = qkv + bh / H * T * row + bh % H * D, *k = q + C, *v = k + C;
-        float* P = scratch(SCRATCH_P, QUERIES * T);
+        float *P = scratch(SCRATCH_P, QUERIES * T), sums[QUERIES];
         for (long t = t0; t < T; t += QUERIES) {
-            long n = min_l(QUERIES, T - t);
-            attention_weights(P, q + t * row, k, scale, row, t, n, D);
+            const long n = min_l(QUERIES, T - t);
             float* yt = y + (bh / H * T + t) * C + bh % H * D;
-            matmul(yt, C, view(P, t + n, 1, FP32), view(v, 1, row, FP32), n, D, t + n, factor, 0, format);
+            attention_weights(P, sums, q + t * row, k, scale, row, t, n, D, format);
+            matmul(yt, C, view(P, t + n, 1, format), view(v, 1, row, format), n, D, t + n, factor, 0, FP32);
+            for (long i = 0; i < n; i++) {
+                for (long d = 0; d < D; d++) yt[i * C + d] *= 1.0f / sums[i];
+                round_all(yt + i * C, D, format);
+            }
         }
     }
 }
 
-// dV = factor P^T dY; dP = factor dY V^T; dS = scale P (dP - rowsum(P dP)); dQ = dS K; dK = dS^T Q.
+// dV = factor P^T dY; dP = factor dY V^T; dS = P (dP - rowsum(P dP)); dQ = scale dS K; dK = scale dS^T Q.
 static void attention_backward(float* dqkv, const float* dy, const float* qkv,  // (B,T,3C), (B,T,C), (B,T,3C)
                                float scale, float factor, long B, long T, long C, long H, Format format) {
     const long D = C / H, row = 3 * C;
@@ -389,24 +402,26 @@ static void attention_backward(float* dqkv, const float* dy, const float* qkv,  
     for (long bh = 0; bh < B * H; bh++) {
         long first = bh / H * T * row + bh % H * D;
         const float *q = qkv + first, *k = q + C, *v = k + C;
-        float *dq = dqkv + first, *dk = dq + C, *dv = dk + C;
-        float *P = scratch(SCRATCH_P, QUERIES * T), *dP = scratch(SCRATCH_DP, QUERIES * T);
+        float *dq = dqkv + first, *dk = dq + C, *dv = dk + C, sums[QUERIES];
+        float *P = scratch(SCRATCH_P, QUERIES * T), *dP = scratch(SCRATCH_DP, QUERIES * T), *dS = dP;
         for (long t = (T - 1) / QUERIES * QUERIES; t >= 0; t -= QUERIES) {
-            long n = min_l(QUERIES, T - t), keys = t + n;
-            float* dqt = dq + t * row;
-            int add = keys < T;  // the last rows come first, see all keys and write; the others add
+            const long n = min_l(QUERIES, T - t), keys = t + n;
             const float *qt = q + t * row, *dyt = dy + (bh / H * T + t) * C + bh % H * D;
-            attention_weights(P, qt, k, scale, row, t, n, D);
-            matmul(dv, row, view(P, 1, keys, FP32), view(dyt, 1, C, FP32), keys, D, n, factor, add, FP32);
-            matmul(dP, keys, view(dyt, C, 1, FP32), view(v, row, 1, FP32), n, keys, D, factor, 0, FP32);
+            int add = keys < T;  // the last rows come first, see all keys and write; the others add
+            attention_weights(P, sums, qt, k, scale, row, t, n, D, format);
+            matmul(dP, keys, view(dyt, C, 1, format), view(v, row, 1, format), n, keys, D, factor, 0, FP32);
             for (long i = 0; i < n; i++) {
                 float *p = P + i * keys, *dp = dP + i * keys, dot = 0.0f;
+                for (long j = 0; j < keys; j++) p[j] *= 1.0f / sums[i];
                 #pragma omp simd reduction(+ : dot)
                 for (long j = 0; j < keys; j++) dot += p[j] * dp[j];
-                for (long j = 0; j < keys; j++) dp[j] = p[j] * (dp[j] - dot) * scale;
+                for (long j = 0; j < keys; j++) dp[j] = p[j] * (dp[j] - dot);
             }
-            matmul(dqt, row, view(dP, keys, 1, FP32), view(k, 1, row, FP32), n, D, keys, 1.0f, 0, FP32);
-            matmul(dk, row, view(dP, 1, keys, FP32), view(qt, 1, row, FP32), keys, D, n, 1.0f, add, FP32);
+            matmul(dv, row, view(P, 1, keys, format), view(dyt, 1, C, format), keys, D, n, factor, add, FP32);
+            matmul(dq + t * row, row, view(dS, keys, 1, format), view(k, 1, row, format), n, D, keys, scale,
+                   0, FP32);
+            matmul(dk, row, view(dS, 1, keys, format), view(qt, 1, row, format), keys, D, n, scale, add,
+                   FP32);
         }
         for (long t = 0; t < T; t++)
             for (int part = 0; part < 3; part++) round_all(dq + t * row + part * C, D, format);
@@ -843,11 +858,11 @@ static double model_loss(Model* m, int want_gradient) {
 }
 
 // ---- Backward ------------------------------------------------------------------------------------------
-static void linear_back(Model* m, int l, int kind, int to, const float* dy, const float* x) {
+static void linear_back(Model* m, int l, int kind, int to, const float* dy, const float* x, int add) {
     const Tensor* t = tensor(m, l, kind);
     stat_record(m, stat_row(m, l, kind), t->name, 2, dy, m->rows * t->rows, t->precision.gradient);
     linear_backward(m->buffers[to], grad(m, l, kind), dy, x, param(m, l, kind), t->alpha, &t->precision,
-                    m->rows, t->cols, t->rows);
+                    m->rows, t->cols, t->rows, add);
     wrote(m, l, to, m->rows * t->cols);
 }
 static void norm_back(Model* m, int l, Norm k, int to, const float* dout, const float* x, const float* dskip,
@@ -862,7 +877,7 @@ static void norm_back(Model* m, int l, Norm k, int to, const float* dout, const 
 // before; D_BRANCH d down, d out, where LayerNorm ends the branch (else D_X is that); D_WIDE d g, d up, d
 // qkv; D_NARROW d mid's part through `up`, d y, d before's part through `qkv` (or d norm2, d y, d norm1).
 //   Of a sum's coefficients the branch's is in LayerNorm's backward: a branch's first step here, or its last.
-static void block_backward(Model* m, int l, long B, long T) {
+static void block_backward(Model* m, int l, long B, long T, int add) {
     const long C = m->c.width, N = B * T;
     const Format f = m->precision->stream;
     const int post = m->scheme->norm_last;
@@ -874,31 +889,35 @@ static void block_backward(Model* m, int l, long B, long T) {
     const Residual skip1 = {sum1.skip, 1}, skip2 = {sum2.skip, 1};
 
     if (post) norm_back(m, l, NORM2, D_BRANCH, dx, b.down, NULL, sum2);
-    linear_back(m, l, DOWN, D_WIDE, ddown, b.g);
+    linear_back(m, l, DOWN, D_WIDE, ddown, b.g, add);
     activation_backward(dup, dg, b.up, (Activation)m->c.activation, m->act_in, m->act_out, N * 4 * C, f);
     wrote(m, l, D_WIDE, N * 4 * C);
-    linear_back(m, l, UP, D_NARROW, dup, post ? b.mid : b.norm2);
+    linear_back(m, l, UP, D_NARROW, dup, post ? b.mid : b.norm2, add);
     if (post) join(m, l, D_X, skip2, dx, din, 0, N);
     else norm_back(m, l, NORM2, D_X, din, b.mid, dx, sum2);
 
     if (post) norm_back(m, l, NORM1, D_BRANCH, dx, b.out, NULL, sum1);
-    linear_back(m, l, OUT, D_NARROW, dout, b.y);
+    linear_back(m, l, OUT, D_NARROW, dout, b.y, add);
     attention_backward(dqkv, dy, b.qkv, m->softmax_scale, m->attention_factor, B, T, C, m->c.heads, f);
     wrote(m, l, D_WIDE, N * 3 * C);
-    linear_back(m, l, QKV, D_NARROW, dqkv, post ? before : b.norm1);
+    linear_back(m, l, QKV, D_NARROW, dqkv, post ? before : b.norm1, add);
     if (post) join(m, l, D_X, skip1, dx, din, 0, N);
     else norm_back(m, l, NORM1, D_X, din, before, dx, sum1);
 }
 
-// Adds the gradients of the last model_loss(m, 1), each times its tensor's grad_scale, to m->grads.
-static void model_backward(Model* m) {
+// The gradients of the last model_loss(m, 1), each times its tensor's grad_scale, are added to m->grads, or
+// take the place of what is there.
+static void model_backward(Model* m, int add) {
     const long B = m->c.batch, T = m->c.seq, C = m->c.width, V = m->c.vocab, N = m->rows;
     const Format f = tensor(m, 0, HEAD)->precision.gradient;
     const float *dlogits = m->buffers[A_LOGITS], *lnf = m->buffers[A_LNF], *w_head = param(m, 0, HEAD);
     float *dx = m->buffers[D_X], *dlnf = m->buffers[D_BRANCH];
+    for (const Tensor* t = m->tensors; !add && t < m->tensors + m->num_tensors; t++)  // matmuls write theirs
+        if (!is_hidden(t) && t->use != LOGITS) zero(m->grads + t->offset, t->rows * t->cols);
+    if (!add) zero(grad(m, 0, HEAD) + V * C, (m->vp - V) * C);
     // alpha is 1 here, not the head's: the factor C in S, see loss_forward_backward.
     stat_record(m, stat_row(m, 0, HEAD), "head", 2, dlogits, N * m->vp, f);
-    matmul(grad(m, 0, HEAD), C, view(dlogits, 1, m->vp, f), view(lnf, 1, C, f), V, C, N, 1.0f, 1, FP32);
+    matmul(grad(m, 0, HEAD), C, view(dlogits, 1, m->vp, f), view(lnf, 1, C, f), V, C, N, 1.0f, add, FP32);
     matmul(dlnf, C, view(dlogits, m->vp, 1, f), view(w_head, 1, C, f), N, C, V, 1.0f, 0,
            m->precision->stream);
     wrote(m, 0, D_BRANCH, N * C);
@@ -910,7 +929,7 @@ static void model_backward(Model* m) {
             block_forward(m, l, B, 0, T);
             m->stats_on = stats_on;
         }
-        block_backward(m, l, B, T);
+        block_backward(m, l, B, T, add);
     }
     embedding_backward(grad(m, 0, WTE), grad(m, 0, WPE), dx, m->inputs, m->scheme->embedding_scale, B, T, C);
 }
@@ -1013,11 +1032,10 @@ static StepResult cpu_finish(Model* m, StepResult r, double lr) {
 static StepResult cpu_step(Model* m, const Split* train, double lr) {
     StepResult r = {0, 0, NULL};
     const long sequence = m->sequence, step = m->step;
-    memset(m->grads, 0, sizeof(float) * (size_t)m->num_params);
     for (int i = 0; i < m->c.accum; i++) {
         next_batch(m, train);
         r.loss += model_loss(m, 1) / m->c.accum;
-        model_backward(m);
+        model_backward(m, i > 0);
         m->stats_on = 0;  // statistics are of the first batch
     }
     r = cpu_finish(m, r, lr);
@@ -1140,91 +1158,219 @@ static void share_the_cores(void) {
 }
 
 // ---- The fast matmul -----------------------------------------------------------------------------------
-// Nearly all of the time goes here, so it is the one function written for speed, after BLIS (Van Zee, van de
-// Geijn 2015). Both operands are copied, KC values of K at a time, into panels that the tile reads in order,
-// and rounded to FP8 on the way, so FP8 costs no memory. The tile keeps MR x NR sums in vector registers; its
-// size follows the register file: sums, one row of B and one broadcast of A must fit.
-#if defined(__AVX512F__)
-enum { LANES = 16, MR = 12, NV = 2 };  // 32 registers of 16 floats
+// Nearly all of the time goes here, so it is the one part written for speed, after BLIS (Van Zee, van de
+// Geijn 2015). Each thread makes a block of `out` by itself: it copies what it needs of both operands into
+// panels, rounded on the way, so FP8 costs no memory; a tile reads two panels from begin to end, and keeps
+// its MR x NR sums in vector registers, whose number it follows: sums, a row of b, a broadcast of a must fit.
+//   Panels consist of words: of a value each, or of a pair of BF16 values that follow in K, where the machine
+// multiplies pairs; an FP8 value is exact in BF16, and so are products in FP32. For each W words of K a panel
+// of a has its rows, of W words each, and a panel of b W rows of NR words. A panel of b is KC words long
+// (32 KB), to stay in the L1 cache while it meets all panels of a: of A_ROWS rows and A_WORDS words (2 MB) at
+// most, in L2 or near it.
+#if defined(__AMX_BF16__) || defined(__AMXBF16__)  // (clang before 16 spells it so)
+enum { LANES = 16, MR = 12, NV = 2, PAIR_ROWS = 32,  // 8 registers of 16 x 16, see tile_pairs; and those of:
+#elif defined(__AVX512F__)
+enum { LANES = 16, MR = 12, NV = 2, PAIR_ROWS = MR,  // 32 registers of 16 floats
 #elif defined(__AVX__)
-enum { LANES = 8, MR = 6, NV = 2 };    // 16 registers of 8 floats
+enum { LANES = 8, MR = 6, NV = 2, PAIR_ROWS = MR,    // 16 registers of 8 floats
 #elif defined(__aarch64__)
-enum { LANES = 4, MR = 8, NV = 3 };    // 32 registers of 4 floats
+enum { LANES = 4, MR = 6, NV = 4, PAIR_ROWS = MR,    // 32 registers of 4 floats
 #else
-enum { LANES = 4, MR = 6, NV = 2 };    // 16 registers of 4 floats
+enum { LANES = 4, MR = 2, NV = 4, PAIR_ROWS = MR,    // 16 registers of 4 floats
 #endif
-// A block of a (some 120 rows x KC, 120 KB) is to stay in a core's L2 cache while it meets all panels of b, a
-// panel of b (KC x NR, 32 KB at most) in its L1, and NC columns of them (2 MB) in the cache that cores share.
-enum { NR = NV * LANES, KC = 256, NC = NR * (2048 / NR), BLOCK_ROWS = 120 };
+       NR = NV * LANES, W = 16, KC = 256, PAIR_KC = 384, A_ROWS = 1056, A_WORDS = 1 << 19 };
 typedef float Vec __attribute__((vector_size(4 * LANES), may_alias));
 
-// Copies rows i0..i0+R-1 (zeros past `rows`), columns k0..k0+kc-1, into to[k][R], rounded.
-static inline void pack(float* to, const Operand* x, long i0, long rows, long k0, long kc, int R) {
-    const float* from = x->p + i0 * x->row + k0 * x->col;
-    int n = (int)min_l(R, rows - i0);
-    if (n < R) memset(to, 0, sizeof(float) * (size_t)(kc * R));
-    for (long k = 0; k < kc; k++, from += x->col, to += R) {
-        if (n < R) for (int i = 0; i < n; i++) to[i] = from[i * x->row];
-        else if (x->row == 1) memcpy(to, from, sizeof(float) * (size_t)R);
-        else for (int i = 0; i < R; i++) to[i] = from[i * x->row];
-    }
-    round_all(to - kc * R, kc * R, x->format);
-}
-// sums[i][j] = sum over k of a[k][i] * b[k][j], everything in registers.
-static inline void tile(Vec sums[MR][NV], const float* a, const float* b, long kc) {
+// sums (MR,NR) = a b, all in registers.
+__attribute__((noinline)) static void tile(float* sums, const float* a, const float* b, long words) {
     Vec c[MR][NV];
     memset(c, 0, sizeof c);
-    for (long k = 0; k < kc; k++, a += MR, b += NR)
-        for (int i = 0; i < MR; i++)
-            for (int j = 0; j < NV; j++) c[i][j] += a[i] * ((const Vec*)b)[j];
+    for (long k = 0; k < words; k += W, a += MR * W)
+        for (int p = 0; p < W; p++, b += NR) {
+            if (p < MR) __builtin_prefetch(a + MR * W + p * W);
+            for (int i = 0; i < MR; i++)
+                for (int j = 0; j < NV; j++) c[i][j] += a[i * W + p] * ((const Vec*)b)[j];
+        }
     memcpy(sums, c, sizeof c);
 }
-static inline void store(float* out, const float* sums, float alpha, long n, int add) {
-    if (n == NR && add) for (int j = 0; j < NR; j++) out[j] += alpha * sums[j];  // full rows as vectors
-    else if (n == NR) for (int j = 0; j < NR; j++) out[j] = alpha * sums[j];
-    else for (int j = 0; j < n; j++) out[j] = (add ? out[j] : 0.0f) + alpha * sums[j];
+// sums (PAIR_ROWS,NR) of pairs, where the machine has an instruction for it.
+#if defined(__AMX_BF16__) || defined(__AMXBF16__)
+static const char* const PAIRS_BY = "AMX";
+static int multiplies_pairs(void) {  // Linux wants to be asked once: ARCH_REQ_XCOMP_PERM, XTILEDATA
+    static int answer = -1;
+    if (answer < 0) answer = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+    return answer;
+}
+__attribute__((noinline)) static void tile_pairs(float* sums, const float* a, const float* b, long words) {
+    static __thread int ready;
+    static const struct { uint8_t palette, zeros[15]; uint16_t bytes[16]; uint8_t rows[16]; } shapes = {
+        1, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+    if (!ready) _tile_loadconfig(&shapes), ready = 1;  // eight registers of 16 rows of 64 bytes
+    __asm__ volatile("" ::: "memory");  // gcc's tile loads do not say that they read memory
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (long k = 0; k < words; k += W, a += PAIR_ROWS * W, b += W * NR) {
+        _tile_loadd(4, a, 4 * W);
+        _tile_loadd(6, b, 4 * NR);
+        _tile_loadd(7, b + 16, 4 * NR);
+        _tile_loadd(5, a + 16 * W, 4 * W);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, sums, 4 * NR);
+    _tile_stored(1, sums + 16, 4 * NR);
+    _tile_stored(2, sums + 16 * NR, 4 * NR);
+    _tile_stored(3, sums + 16 * NR + 16, 4 * NR);
+}
+#elif defined(__AVX512BF16__)
+static const char* const PAIRS_BY = "AVX512_BF16";
+static int multiplies_pairs(void) { return 1; }
+__attribute__((noinline)) static void tile_pairs(float* sums, const float* a, const float* b, long words) {
+    __m512 c[MR][NV];
+    memset(c, 0, sizeof c);
+    for (long k = 0; k < words; k += W, a += MR * W)
+        for (int p = 0; p < W; p++, b += NR) {
+            if (p < MR) __builtin_prefetch(a + MR * W + p * W);
+            for (int i = 0; i < MR; i++)
+                for (int j = 0; j < NV; j++)
+                    c[i][j] = _mm512_dpbf16_ps(c[i][j], (__m512bh)_mm512_set1_ps(a[i * W + p]),
+                                               (__m512bh)_mm512_load_ps(b + j * LANES));
+        }
+    memcpy(sums, c, sizeof c);
+}
+#else
+static const char* const PAIRS_BY = NULL;
+static int multiplies_pairs(void) { return 0; }
+static void tile_pairs(float* sums, const float* a, const float* b, long words) { tile(sums, a, b, words); }
+#endif
+
+static inline float pair_of(float low, float high) {
+    return bits_float(float_bits(low) >> 16 | (float_bits(high) & 0xFFFF0000u));
+}
+// Of an operand W rows from i0 on and W words of K from k0 on, rounded: block[row][word], or block[word][row]
+// if `across`, in one of two buffers. Zeros from row i1 and value k1 on.
+__attribute__((always_inline)) static inline float* read_block(float v[2 * W * W], float w[W * W],
+        const Operand* x, long i0, long i1, long k0, long k1, int pairs, int across) {
+    const int depth = pairs ? 2 * W : W, whole = i1 - i0 >= W && k1 - k0 >= depth;
+    const int along = x->col == 1;  // neighbours in K are neighbours in memory, or else rows are
+    const float* from = x->p + i0 * x->row + k0 * x->col;
+    if (whole && along) for (int i = 0; i < W; i++, from += x->row) {
+        __builtin_prefetch(from + 2 * W), __builtin_prefetch(from + 3 * W);
+        for (int k = 0; k < depth; k++) v[i * depth + k] = from[k];
+    }
+    else for (int k = 0; k < depth; k++, from += x->col) {
+        float* to = v + (pairs ? k / 2 + k % 2 * W : k) * W;  // a pair's firsts, then its seconds
+        __builtin_prefetch(from + 2 * W);
+        if (whole && x->row == 1) for (int i = 0; i < W; i++) to[i] = from[i];
+        else for (int i = 0; i < W; i++) {
+            const float value = i0 + i < i1 && k0 + k < k1 ? from[i * x->row] : 0;
+            if (along) v[i * depth + k] = value;
+            else to[i] = value;
+        }
+    }
+    round_all(v, W * depth, x->format);
+    if (pairs && along) for (int t = 0; t < W * W; t++) w[t] = pair_of(v[2 * t], v[2 * t + 1]);
+    else if (pairs) for (int t = 0; t < W * W; t++) w[t] = pair_of(v[t], v[t + W * W]);
+    float *block = pairs ? w : v, *other = pairs ? v : w;
+    // A riffle moves the top bit of every place to the bottom: four exchange row and column.
+    for (int n = 0; n < 2 && along == across; n++) {
+        for (int t = 0; t < W * W / 2; t++) other[2 * t] = block[t], other[2 * t + 1] = block[t + W * W / 2];
+        for (int t = 0; t < W * W / 2; t++) block[2 * t] = other[t], block[2 * t + 1] = other[t + W * W / 2];
+    }
+    return block;
+}
+// Rows i0 .. i1-1 and values k0 .. k1-1 of K in panels of R rows; zeros up to multiples of W.
+__attribute__((always_inline)) static inline void pack(float* to, const Operand* x, long i0, long i1, long k0,
+                                                       long k1, long words, int R, int pairs, int across) {
+    float v[2 * W * W] __attribute__((aligned(64))), w[W * W] __attribute__((aligned(64)));
+    for (long i = 0; i < i1 - i0; i += W)
+        for (long k = 0; k < words; k += W) {
+            const float* block = read_block(v, w, x, i0 + i, i1, k0 + (pairs ? 2 * k : k), k1, pairs, across);
+            for (int r = 0; r < W; r++, block += W)
+                memcpy(across ? to + (k + r) * R + i : to + (i + r) / R * R * words + k * R + (i + r) % R * W,
+                       block, sizeof(float) * W);
+        }
+}
+// A tile's sums to memory, rounded; `around` the caches, for what is written once and far larger than they
+// are: then its lines need not be read before.
+static inline void store(float* out, long ld, float* sums, float alpha, long rows, long n, int add,
+                         Format format, int around) {
+    for (long r = 0; r < rows; r++) {
+        Vec* s = (Vec*)(sums + r * NR);
+        Vec before[NV] = {{0}};
+        if (add && n == NR) memcpy(before, out + r * ld, sizeof before);
+        else if (add) for (int j = 0; j < n; j++) ((float*)before)[j] = out[r * ld + j];
+        for (int l = 0; l < NV; l++) s[l] = before[l] + alpha * s[l];
+    }
+    round_all(sums, rows * NR, format);
+    for (long r = 0; r < rows; r++, sums += NR, out += ld) {
+        if (n == NR && !around) memcpy(out, sums, sizeof(float) * NR);
+        else if (n < NR) for (int j = 0; j < n; j++) out[j] = sums[j];
+        else for (int j = 0; j < NR; j += LANES) {
+#ifdef __AVX512F__
+            _mm512_stream_ps(out + j, _mm512_load_ps(sums + j));
+#else
+            memcpy(out + j, sums + j, sizeof(Vec));
+#endif
+        }
+    }
 }
 
+// Rows m0 .. m1-1 and columns n0 .. n1-1 of out.
+static void matmul_block(float* out, long ld, const Operand* a, const Operand* b, long m0, long m1, long n0,
+                         long n1, long K, float alpha, int accumulate, Format format, int pairs, int around) {
+    const long R = pairs ? PAIR_ROWS : MR, depth = pairs ? 2 : 1;  // rows of a tile, values in a word
+    const long stretch = depth * (pairs ? PAIR_KC : KC), tall = (div_up(m1 - m0, R) + div_up(W, R)) * R;
+    const long chunk = max_l(1, min_l(div_up(K, stretch), A_WORDS * depth / (tall * stretch))) * stretch;
+    float* panels = scratch(SCRATCH_A, tall * chunk / depth);
+    float* panel = scratch(SCRATCH_B, NR * stretch / depth);
+    for (long c = 0; c < K; c += chunk) {
+        const long end = min_l(K, c + chunk);
+        for (long k = c; k < end; k += stretch) {
+            const long k1 = min_l(end, k + stretch), words = div_up(k1 - k, W * depth) * W;
+            float* to = panels + (k - c) / depth * tall;
+            if (pairs) pack(to, a, m0, m1, k, k1, words, PAIR_ROWS, 1, 0);
+            else pack(to, a, m0, m1, k, k1, words, MR, 0, 0);
+        }
+        for (long j = n0; j < n1; j += NR)
+            for (long k = c; k < end; k += stretch) {
+                const long k1 = min_l(end, k + stretch), words = div_up(k1 - k, W * depth) * W;
+                const float* from = panels + (k - c) / depth * tall;
+                if (pairs) pack(panel, b, j, min_l(n1, j + NR), k, k1, words, NR, 1, 1);
+                else pack(panel, b, j, min_l(n1, j + NR), k, k1, words, NR, 0, 1);
+                for (long i = m0; i < m1; i += R, from += R * words) {
+                    float sums[PAIR_ROWS * NR] __attribute__((aligned(64))), *o = out + i * ld + j;
+                    const long rows = min_l(R, m1 - i);
+                    for (long r = 0; r < rows && !around; r++)
+                        for (int l = 0; l < NR; l += 16) __builtin_prefetch(o + r * ld + l, 1);
+                    (pairs ? tile_pairs : tile)(sums, from, panel, words);
+                    store(o, ld, sums, alpha, rows, min_l(NR, n1 - j), accumulate || k > 0,
+                          k1 == K ? format : FP32, around);
+                }
+            }
+    }
+}
 // The order of every sum depends on K alone, so the result is the same bits for any number of threads.
 static void matmul(float* out, long ld, Operand a, Operand b, long M, long N, long K, float alpha,
                    int accumulate, Format format) {
-    int threads = (double)M * (double)N * (double)K < 1e6 ? 1 : max_threads();  // else not worth a wait
-    long blocks = threads * div_up(M, threads * BLOCK_ROWS);  // as many for each thread
-    long mc = div_up(div_up(M, blocks), MR) * MR, row_blocks = div_up(M, mc);
-    float* packed_b = scratch(SCRATCH_B, (long)KC * NC);
-    #pragma omp parallel if (threads > 1)
-    {
-        float* packed_a = scratch(SCRATCH_A, mc * KC);
-        for (long n0 = 0; n0 < N; n0 += NC) {
-            long panels = div_up(min_l(NC, N - n0), NR);
-            long col_blocks = min_l(panels, div_up(threads, row_blocks)), width = div_up(panels, col_blocks);
-            for (long k0 = 0; k0 < K; k0 += KC) {
-                long kc = min_l(KC, K - k0);
-                if (n0 + k0 > 0) {
-                    #pragma omp barrier
-                }
-                #pragma omp for schedule(static)
-                for (long p = 0; p < panels; p++)
-                    pack(packed_b + p * KC * NR, &b, n0 + p * NR, N, k0, kc, NR);
-                #pragma omp for schedule(dynamic, 1) nowait
-                for (long block = 0; block < row_blocks * col_blocks; block++) {
-                    long i0 = block / col_blocks * mc, i1 = min_l(M, i0 + mc);
-                    long p0 = block % col_blocks * width, p1 = min_l(panels, p0 + width);
-                    for (long i = i0; i < i1; i += MR) pack(packed_a + (i - i0) * KC, &a, i, i1, k0, kc, MR);
-                    for (long p = p0; p < p1; p++)
-                        for (long i = i0; i < i1; i += MR) {
-                            Vec sums[MR][NV];
-                            tile(sums, packed_a + (i - i0) * KC, packed_b + p * KC * NR, kc);
-                            long n = min_l(NR, N - n0 - p * NR);
-                            for (long r = 0; r < min_l(MR, i1 - i); r++) {
-                                float* o = out + (i + r) * ld + n0 + p * NR;
-                                store(o, (const float*)sums[r], alpha, n, accumulate || k0 > 0);
-                                if (k0 + kc == K) round_all(o, n, format);
-                            }
-                        }
-                }
-            }
-        }
+    const int threads = (double)M * (double)N * (double)K < 1e6 ? 1 : max_threads();  // else not worth a wait
+    const int pairs = a.format != FP32 && b.format != FP32 && multiplies_pairs(), R = pairs ? PAIR_ROWS : MR;
+    const int around = !accumulate && M * N > 1 << 20 && K <= (pairs ? 2 * PAIR_KC : KC) && N % NR == 0 &&
+                       ld % NR == 0 && (uintptr_t)out % 64 == 0;
+    long down = 1;  // blocks, and threads / down beside each other: so that the least has to be packed
+    for (long d = 1; d <= threads; d++)
+        if (threads % d == 0 && d * N + threads / d * M < down * N + threads / down * M) down = d;
+    const long height = div_up(div_up(M, down), R) * R, width = div_up(div_up(N, threads / down), NR) * NR;
+    #pragma omp parallel for schedule(static) if (threads > 1)
+    for (long block = 0; block < threads; block++) {
+        const long end = min_l(M, block % down * height + height), n0 = block / down * width;
+        for (long m0 = block % down * height; m0 < end; m0 += A_ROWS)
+            matmul_block(out, ld, &a, &b, m0, min_l(end, m0 + A_ROWS), n0, min_l(N, n0 + width), K, alpha,
+                         accumulate, format, pairs, around);
     }
 }
 
@@ -1889,9 +2035,8 @@ static StepResult cpu_update(Model* m, double lr) {
 }
 static double cpu_loss(Model* m) { return model_loss(m, 0); }
 static double cpu_trace(Model* m) {
-    memset(m->grads, 0, sizeof(float) * (size_t)m->num_params);
     double loss = model_loss(m, 1);
-    model_backward(m);
+    model_backward(m, 0);
     model_logits(m, 0, m->rows);  // again, as their gradient took their place
     return loss;
 }
@@ -1910,6 +2055,12 @@ static void cpu_open(Model* m) {
     }
     model_alloc_buffers(m);
 }
+static void cpu_describe(const Model* m) {
+    const char* refused = PAIRS_BY ? form(" (the kernel refuses %s)", PAIRS_BY) : "";
+    (void)m;
+    printf("matmul: vectors of %d floats%s\n", LANES,
+           multiplies_pairs() ? form("; BF16 and FP8 in pairs, by %s", PAIRS_BY) : refused);
+}
 static void cpu_nothing(Model* m) { (void)m; }
 static const float* cpu_get(Model* m, Lasting what, const Tensor* t) {
     return (what == PARAMS ? m->params : what == FIRST_MOMENT ? m->m : m->v) + t->offset;
@@ -1918,7 +2069,7 @@ static void cpu_put(Model* m, Lasting what, const Tensor* t, const void* values)
     memcpy((float*)cpu_get(m, what, t), values, sizeof(float) * (size_t)(t->rows * t->cols));
 }
 __attribute__((unused)) static const Device CPU = {
-    "CPU", 1, cpu_open, cpu_nothing, NULL, cpu_step, cpu_loss, cpu_trace, cpu_update,
+    "CPU", 1, cpu_open, cpu_nothing, cpu_describe, cpu_step, cpu_loss, cpu_trace, cpu_update,
     cpu_next, cpu_nothing, cpu_get, cpu_put, NULL};
 static void model_init(Model* m, const Device* device) {  // as it begins, once the device is open
     for (const Tensor* t = m->tensors; t < m->tensors + m->num_tensors; t++) {

@@ -834,7 +834,7 @@ attention_backward_q_mma(Dest<bf16> dqkv, const bf16* dy, const bf16* qkv, const
 
 // ---- Attention, plain: FP32, and other head sizes
 // A block is one warp and makes one row, of which lane l has the values l, l + 32, and so on. No tensor cores
-// and no shared memory: to be read and compared with, not to be fast.
+// and no shared memory: to be read and compared with, not to be fast. It rounds as train_us.c does.
 enum { ATTENTION_MAX_D = 512, LANE_D = ATTENTION_MAX_D / 32 };
 
 template <class S> __device__ static float warp_dot(const S* a, const S* b, int D) {
@@ -867,13 +867,11 @@ attention_forward_plain(Dest<S> y, float* lse, const S* qkv, long T, int D, floa
     const long t = blockIdx.x, h = blockIdx.y, b = blockIdx.z, C = (long)gridDim.y * D, stride = 3 * C;
     const S *q = qkv + b * T * stride + h * D, *k = q + C, *v = k + C;
     float o[LANE_D] = {}, max = -INFINITY, sum = 0.0f;
+    for (long j = 0; j <= t; j++) max = fmaxf(max, scale * warp_dot(q + t * stride, k + j * stride, D));
     for (long j = 0; j <= t; j++) {
-        const float s = scale * warp_dot(q + t * stride, k + j * stride, D), m = fmaxf(max, s);
-        const float shrink = exp2f(max - m), p = exp2f(s - m);
-        for (int i = 0; i < LANE_D; i++) o[i] *= shrink;
-        add_row(o, p, v + j * stride, D);
-        sum = sum * shrink + p;
-        max = m;
+        const float p = exp2f(scale * warp_dot(q + t * stride, k + j * stride, D) - max);
+        add_row(o, (float)(S)p, v + j * stride, D);
+        sum += p;
     }
     put_row(y, b * T + t, h * D, o, factor / sum, D);
     if (threadIdx.x == 0) lse[(b * gridDim.y + h) * T + t] = max + log2f(sum);
@@ -895,11 +893,12 @@ attention_backward_plain(Dest<S> dqkv, const S* dy, const S* qkv, const float* l
         return p * (factor * warp_dot(dy + i * C, v + j * stride, D) - delta[i]);
     };
     float dq[LANE_D] = {}, dk[LANE_D] = {}, dv[LANE_D] = {};
-    for (long j = 0; j <= t; j++) add_row(dq, score_gradient(t, j, probability(t, j)), k + j * stride, D);
+    for (long j = 0; j <= t; j++)
+        add_row(dq, (float)(S)score_gradient(t, j, probability(t, j)), k + j * stride, D);
     for (long i = t; i < T; i++) {
         const float p = probability(i, t);
-        add_row(dv, p, dy + i * C, D);
-        add_row(dk, score_gradient(i, t, p), q + i * stride, D);
+        add_row(dv, (float)(S)p, dy + i * C, D);
+        add_row(dk, (float)(S)score_gradient(i, t, p), q + i * stride, D);
     }
     put_row(dqkv, b * T + t, h * D, dq, scale, D);
     put_row(dqkv, b * T + t, C + h * D, dk, scale, D);

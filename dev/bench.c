@@ -55,9 +55,8 @@ static double step(Model* m) {
     memset(lap_spent, 0, sizeof lap_spent);
     watch = charge;
     const double t = lap_last = seconds();
-    memset(m->grads, 0, sizeof(float) * (size_t)m->num_params);
     model_loss(m, 1);
-    model_backward(m);
+    model_backward(m, 0);
     lap(EMBEDDING);  // backward ends with it
     gradient_norm(m, &bad);
     model_update(m, 1e-3);

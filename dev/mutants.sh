@@ -4,7 +4,7 @@
 #   make mutants            all of them         dev/mutants.sh WORD   those whose name contains WORD
 # A line below is: name | sed command that breaks it; those named gpu break train_us.cu, those named lab a file of
 # dev/cuda, and run on the emulator, with both orders of threads ("gpu, short sums": with FP8 sums of 13 bits, to which
-# the tests' bounds adapt). Mutants are built without OpenMP, JOBS (2) at a time. EVERY=n OFFSET=k takes each n-th line
+# the tests' bounds adapt); those named amx are built with the model of Intel's matrix unit. Mutants are built without OpenMP, JOBS (2) at a time. EVERY=n OFFSET=k takes each n-th line
 # only, and the GPU's first seven.
 cd "$(dirname "$0")/.." || exit 1
 CC=${CC:-cc} CXX=${CXX:-g++} JOBS=${JOBS:-2}
@@ -23,6 +23,7 @@ build() { # in the mutant's directory
               sed -E -f "$here/dev/emu/cuda.sed" "$f" >"${f##*/}"; done &&
           $CXX -std=gnu++17 -O1 -march=native -w -I"$here/dev/emu" -I. '-DUS_SOURCE="cuda.cpp"' -DUS_KERNELS_ONLY -x c++ \
               "${file##*/}" -x none "$dir/emu.o" -fopenmp -o test_us ;;
+    amx*) $CC -std=gnu11 -O1 -w -include "$here/dev/cpu/amx_model.h" test_us.c -o test_us -lm ;;
     *) $CC -std=gnu11 -O1 -w test_us.c -o test_us -lm ;;
     esac
 }
@@ -70,9 +71,28 @@ formats: FP8 is not rounded from BF16 | s/round_fp8(round_bf16(x), format)/round
 formats: gradients in E4M3 | s/end_input = E4M3, .gradient = E5M2/end_input = E4M3, .gradient = E4M3/
 formats: weights and inputs in E5M2 | s/{"fp8", BF16, E4M3, E4M3, E5M2}/{"fp8", BF16, E5M2, E5M2, E5M2}/
 formats: logits are not rounded | s/decays(t) ? min_l(c->precision, 1) : 0/0/
-matmul: alpha is dropped | s/out\[j\] = alpha \* sums/out[j] = sums/
-matmul: accumulate is ignored | s/accumulate || k0 > 0/k0 > 0/
-linear: dW without its factor | s/O, I, N, alpha, 1, FP32/O, I, N, 1.0f, 1, FP32/
+matmul: alpha is dropped | s/before\[l\] + alpha \* s\[l\]/before[l] + s[l]/
+matmul: accumulate is ignored | s/accumulate || k > 0/k > 0/
+matmul: the next stretch of K is not added | s/accumulate || k > 0/accumulate/
+matmul: what is beyond the last row is read | s/i0 + i < i1 \&\& k0 + k < k1 ? from/k0 + k < k1 ? from/
+matmul: a block is turned by half | s/n < 2 \&\& along == across/n < 1 \&\& along == across/
+matmul: the rows of the next panel in this one | s/(i + r) \/ R \* R \* words + k/i \/ R * R * words + k/
+matmul: panels end where K does | s/words = div_up(k1 - k, W \* depth) \* W/words = (k1 - k) \/ depth/
+matmul: past the caches, a row's first half only | s/else for (int j = 0; j < NR; j += LANES) {/else for (int j = 0; j < NR \/ 2; j += LANES) {/
+amx: both of a pair are its second | s/float_bits(low) >> 16/float_bits(high) >> 16/
+amx: pairs of rows are not neighbours | s/k \/ 2 + k % 2 \* W/k/
+amx: the lower rows are the upper | s/_tile_loadd(5, a + 16 \* W/_tile_loadd(5, a/
+amx: a register is not cleared | s/^    _tile_zero(3);//
+amx: half a stretch | s/k0 + (pairs ? 2 \* k : k)/k0 + k/
+a step's first batch adds, too | s/model_backward(m, i > 0)/model_backward(m, 1)/
+a step's second batch writes | s/model_backward(m, i > 0)/model_backward(m, 0)/
+gains are not zeroed | s/is_hidden(t) \&\& t->use != LOGITS) zero/is_hidden(t) \&\& t->use == EMBEDS) zero/
+the head's padding is not zeroed | s/if (!add) zero(grad/if (add) zero(grad/
+attention: weights are not rounded | s/view(P, t + n, 1, format)/view(P, t + n, 1, FP32)/
+attention: in backward not either | s/view(P, 1, keys, format)/view(P, 1, keys, FP32)/
+attention: dS is not rounded for dQ | s/view(dS, keys, 1, format)/view(dS, keys, 1, FP32)/
+attention: the sum is of rounded weights | s/sum += p\[j\] = fast_exp(p\[j\] - max)/p[j] = round_to(fast_exp(p[j] - max), format), sum += p[j]/
+linear: dW without its factor | s/O, I, N, alpha, add, FP32/O, I, N, 1.0f, add, FP32/
 linear: dX without its factor | s/N, I, O, alpha, 0, p->stream/N, I, O, 1.0f, 0, p->stream/
 linear: dW from unrounded inputs | s/view(x, 1, I, p->input)/view(x, 1, I, FP32)/
 layernorm: another epsilon | s/(float)C + 1e-5f/(float)C + 1e-4f/

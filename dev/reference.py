@@ -228,13 +228,18 @@ def linear(x, W, alpha, num, x_format, dy_format):
     return Point.apply(y, num.R, num.operand(dy_format, "dY")).reshape(*x.shape[:-1], -1)
 
 def attention(qkv, heads, scale, num):
-    """softmax(scale Q K^T) V, causal. Scores and probabilities are never stored, so not rounded."""
+    """softmax(scale Q K^T) V, causal. Nothing between is stored, but what tensor cores read is in BF16: going
+    forward e = exp(scores - their maximum), whose sum, of unrounded ones, divides the product; going back the
+    probabilities P for dV, and the scores' gradient, before scale multiplies it, for dQ and dK."""
     B, T, C = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     q, k, v = (z.reshape(B, T, heads, C // heads).transpose(1, 2) for z in qkv.split(C, dim=-1))
-    scores = scale * num.matmul(q, k.mT)
+    scores = Point.apply(scale * num.matmul(q, k.mT), exact, num.R)
     scores = scores.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -math.inf)
+    e = num.inexact(lambda s: torch.exp(s - s.amax(-1, keepdim=True)), scores.detach())
+    value = num.matmul(num.R(e), v.detach()) / e.sum(-1, keepdim=True)
     P = num.inexact(lambda s: torch.softmax(s, dim=-1), scores)
-    return num.matmul(P, v).transpose(1, 2).reshape(B, T, C)
+    y = Point.apply(num.matmul(Point.apply(P, num.R, exact), v), lambda _: value, exact)
+    return y.transpose(1, 2).reshape(B, T, C)
 
 def forward(p, tokens, targets, cfg, num):
     """Cross-entropy of every position (B,T), and the stored activations by name."""
@@ -436,8 +441,9 @@ def check(path):
         print(f"grad_scale {cfg.S_used:g} FAIL: should be {S}")
     print(f"{'FAIL' if failed else 'PASS'}: {len(reference) + 1 - failed} of {len(reference) + 1} agree")
     if failed and cfg.device != "CPU" and not fp32:
-        print("This is the dump of a GPU, whose attention also rounds probabilities to BF16: in bf16 and fp8 that\n"
-              "shows, and grows behind it. Compare in --precision fp32; test_us.c judges each operation by itself.")
+        print("This is the dump of a GPU, whose attention rounds relative to the largest score so far, and takes\n"
+              "rowsum(P dP) from the rounded y: in bf16 and fp8 that shows, and grows behind it. Compare in\n"
+              "--precision fp32; test_us.c judges each operation by itself.")
     return not failed
 
 # ---- --write: the state that the C tests compare with ------------------------------------------------------
@@ -448,9 +454,9 @@ STATE = dict(layers=2, width=16, heads=4, batch=3, seq=10, vocab=80, tau=0.3, ba
              alpha_out=1.5, emb_lr=2)
 # For these seeds, found with --seeds, no value in the three steps of fp8 comes near a rounding boundary, so a
 # correct trainer gets these numbers to FP32 accuracy and its tests can be sharp. Of 48 runs a flip (3e-4)
-# shows in none at NOISE, which is four times FP32's errors; at twice NOISE in 6 of umup's (its E4M3 gradients),
-# in none of the others'; at eight times NOISE in none of sp and mup, 20 of us, 16 of umup.
-SEEDS = {"us": 7, "sp": 364, "mup": 1097, "umup": 324}
+# shows in none at NOISE, which is four times FP32's errors, and in none at three times NOISE; at eight times
+# it does in 36 of us, 15 of sp, 21 of mup and 37 of umup.
+SEEDS = {"us": 35, "sp": 5, "mup": 9, "umup": 112}
 WRITE_RUNS = 24
 
 def random_params(random, shapes, std, std1):
@@ -492,9 +498,9 @@ def apart(run, true, p):
     return first, later
 
 def seeds(scheme):
-    """Prints seeds, each better than those before, until nothing is 1e-4 apart at eight times NOISE."""
+    """Prints seeds, each better than those before, until nothing is 1e-4 apart at three times NOISE."""
     global NOISE
-    NOISE *= 8
+    NOISE *= 3
     best, seed = math.inf, 0
     while best > 1e-4:
         s, p, batches = state(scheme, seed)

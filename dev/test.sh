@@ -1,6 +1,7 @@
 #!/bin/sh
-# What `make test` runs: the tests of the C, of the CUDA source on the emulator in three ways, and on a GPU where there
-# is one. Ends with one total over all parts; a part that crashes counts as one failure.
+# What `make test` runs: the tests of the C, also with a model of Intel's matrix unit, of the CUDA source on the
+# emulator in three ways, and on a GPU where there is one. Ends with one total over all parts; a part that crashes
+# counts as one failure.
 cd "$(dirname "$0")/.." || exit 1
 out=$(mktemp) || exit 1
 trap 'rm -f "$out"' EXIT
@@ -14,6 +15,8 @@ part() {
     passed=$((passed + ${p:-0})) failed=$((failed + ${f:-0}))
 }
 part ./test_us
+part ./test_us_amx matmul gradients oracle generate
+part AMX_REFUSED=1 ./test_us_amx matmul oracle dump
 part OMP_NUM_THREADS=1 ./test_us_emu
 part OMP_NUM_THREADS=1 EMU_SEED=1 ./test_us_emu step_by_step
 part OMP_NUM_THREADS=1 EMU_FP8_SUMS=13,256 ./test_us_emu oracle step_by_step

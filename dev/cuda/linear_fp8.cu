@@ -96,7 +96,7 @@ static void open_case(const long* shape, int product) {
         if (product == DX) dx = output("dx", BF16, N * I, 1, 0);
         else dw = updated("dw", FP32, O * I, 1.0f, 1, 0);
         linear_backward(dx ? dx->want : rest, dw ? dw->want : rest, dy->value, x->value, w->value, alpha,
-                        fp8_run, N, I, O);
+                        fp8_run, N, I, O, dw != NULL);
         free(rest);
     }
     if (product == FORWARD) x16 = wide(x), w16 = wide(w);
