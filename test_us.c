@@ -517,9 +517,9 @@ static double slack_of_short_sums(void) {
 // FP32 is held to 1e-5 of each tensor's norm. In FP8 the sums' order decides some roundings, and one flipped
 // E4M3 or BF16 rounding moves everything behind it: so the reference was run many times with its FP32 sums in
 // random orders, and the file holds how far each tensor moved ("spread"). The bound is 4 times that, and at
-// least the FP32 bound. A GPU's attention rounds more than the reference (P and dS to BF16, y before its use
-// in backward), and FP8 makes a flip of one BF16 unit an eighth: there the reference's own FP32 gradients are
-// the measure, and FP8 on a GPU has to be nearer to the reference's FP8 than they are, if its sums are good.
+// least the FP32 bound. A GPU's attention takes rowsum(P dP) from the rounded y, and FP8 makes a flip of one
+// BF16 unit an eighth: there the reference's own FP32 gradients are the measure, and FP8 on a GPU has to be
+// nearer to the reference's FP8 than they are (at most half as far was seen), if its sums are good.
 static void check_tensors(const Model* m, const float* data, const float* base, const Archive* a,
                           const char* prefix, const char* scheme_param, const char* spread,
                           const char* rough, const char* what) {
@@ -532,7 +532,7 @@ static void check_tensors(const Model* m, const float* data, const float* base, 
         if (*spread)
             bound = fmax(bound, 4.0 * *(const float*)state_entry(a, "%s%s", spread, t->name, "")->data);
         if (*rough)
-            bound = slack_of_short_sums() * 0.9 *
+            bound = slack_of_short_sums() * 0.7 *
                     distance((const float*)state_entry(a, "%s%s", rough, t->name, "")->data, want, n);
         if (!base) check_below(distance(got, want, n), bound, what, t->name);
         else {  // compare the update, not the much larger weight
