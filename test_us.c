@@ -1068,26 +1068,25 @@ static void test_printing(void) {
     if (f) fclose(f);
     check(strcmp(got, "a\xC3\xA9\xF0\x9F\x99\x82???") == 0, "byte by byte: %s", got);
 }
-// Metadata as Python's writer makes it: escapes, long values, many keys.
+// A header as Python's json.dumps makes it: white space, long values, many keys.
 static void test_archive(void) {
     static char file[40000];
     char path[1100], longest[2001];
     Archive a;
     size_t n = 8;
     memset(longest, 'x', 2000), longest[2000] = 0;
-    n += (size_t)sprintf(file + n, "{\"__metadata__\":{\"a\\nb\":\"\\u00eb\\ud83d\\ude42\\u20ac\\/\\t\\\"\","
-                         "\"long\":\"%s\"", longest);
-    for (int i = 0; i < 70; i++) n += (size_t)sprintf(file + n, ",\"k%d\":\"%d\"", i, i * i);
-    n += (size_t)sprintf(file + n, "},\"t\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,4]},"
-                         "\"empty\":{\"dtype\":\"F32\",\"shape\":[300,0],\"data_offsets\":[4,4]}}");
+    n += (size_t)sprintf(file + n, " { \"__metadata__\": {\"a\\\\b\": \"µ\\\"\\\\n\", "
+                         "\"long\": \"%s\"", longest);
+    for (int i = 0; i < 70; i++) n += (size_t)sprintf(file + n, ", \"k%d\": \"%d\"", i, i * i);
+    n += (size_t)sprintf(file + n, "},\n\"t\" : {\"dtype\": \"F32\", \"shape\": [ ], \"data_offsets\": [0, 4]},"
+                         " \"empty\": {\"dtype\": \"F32\", \"shape\": [300, 0], \"data_offsets\": [4,\t4]}}");
     for (int i = 0; i < 8; i++) file[i] = (char)((n - 8) >> 8 * i);
     text_file(path, sizeof path, "python.safetensors");
     write_file(path, file, n + 4);
     archive_read(&a, path);
-    const char *odd = archive_get(&a, "a\nb"), *whole = archive_get(&a, "long");
+    const char *odd = archive_get(&a, "a\\b"), *whole = archive_get(&a, "long");
     const char* last = archive_get(&a, "k69");
-    check(odd && strcmp(odd, "\xC3\xAB\xF0\x9F\x99\x82\xE2\x82\xAC/\t\"") == 0, "escapes: %s",
-          odd ? odd : "none");
+    check(odd && strcmp(odd, "µ\"\\n") == 0, "escapes: %s", odd ? odd : "none");
     check(whole && strcmp(whole, longest) == 0 && last && strcmp(last, "4761") == 0 && a.num_meta == 72 &&
               a.num_entries == 2, "a long value, many, and a tensor without values");
     archive_free(&a);
@@ -1342,14 +1341,15 @@ static void test_nothing_lost(void) {
              "2>/dev/null | head -40 >/dev/null && ls '%s'/piped/ckpt_*", self, run_on, work, work);
     check(system(form("%s >/dev/null", command)) == 0, "a pipe that ends costs nothing");
 
-    // A name that is not UTF-8: the checkpoint is UTF-8 all the same, and the run goes on.
-    shell("cp README.md \"$(printf '%s/\\377.txt')\"");
-    check(run_us("--input \"$(printf '%s/\\377.txt')\" --steps 1 --out %s/name " TINY)->status == 0, "%s",
-          result.err);
+    // A name that is not UTF-8 and has control characters, a quote and a backslash: the checkpoint is UTF-8
+    // without any all the same, and the run goes on.
+#define ODD_NAME "\"$(printf '%s/\\377\\t\\n\\033\"\\\\.txt')\""
+    shell("cp README.md " ODD_NAME);
+    check(run_us("--input " ODD_NAME " --steps 1 --out %s/name " TINY)->status == 0, "%s", result.err);
     shell("cd '%s/name' && tail -c +9 ckpt_00000001.safetensors | head -c $(od -An -tu4 -N4 ckpt*) >header "
-          "&& iconv -f UTF-8 -t UTF-8 header >/dev/null && grep -q '/?.txt' header");
-    check(run_us("--out %s/name --resume --steps 2 --input \"$(printf '%s/\\377.txt')\"")->status == 0, "%s",
-          result.err);
+          "&& iconv -f UTF-8 -t UTF-8 header >/dev/null && grep -qF '/????\\\"\\\\.txt' header && "
+          "test \"$(LC_ALL=C tr -d '\\040-\\377' <header; echo x)\" = x");
+    check(run_us("--out %s/name --resume --steps 2 --input " ODD_NAME)->status == 0, "%s", result.err);
 
     // Where output cannot be written: neither into the log, nor in silence.
     check(run_us("--input README.md --steps 1 --out %s/closed " TINY " >&-")->status == 1 &&
@@ -1587,34 +1587,49 @@ static void test_checkpoints(void) {
         {"\"F32\"", "\"I32\"", "is not F32 of", 0},
         {"[96,32]", "[32,96]", "is not F32 of", 0},
         {"[96,32]", "[97,32]", "offsets do not fit its shape", 0},
-        {"[96,32]", "[4611686018427387904,4]", "too large", 0},
-        {"[96,32]", "[72057594037927935,72057594037927935]", "larger than the file", 0},
-        {"[96,32]", "[1,1,1,1,96,32]", "list in its header is too long", 0},
+        {"[96,32]", "[4611686018427387904,4]", "offsets do not fit its shape", 0},
+        {"[96,32]", "[99999999999999999999,99999999999999999999]", "offsets do not fit its shape", 0},
+        {"[96,32]", "[1,1,1,1,96,32]", "a shape in its header is too long", 0},
         {"[96,32]", "[96,-32]", "not a count", 0},
-        {"[0,12288]", "[4,12292]", "overlap or leave gaps", 0},
-        {"[0,12288]", "[12288,0]", "outside the file", 0},
-        {"[0,12288]", "[0]", "lacks dtype, shape or offsets", 0},
+        {"[96,32]", "[+96,32]", "not a count", 0},
+        {"[96,32]", "[96.0,32]", "no , where", 0},
+        {"[96,32]", "[,96,32]", "not a count", 0},
+        {"[96,32]", "[96,32,]", "not a count", 0},
+        {"[0,12288]", "[4,12292]", "overlap, leave gaps or are not in order", 0},
+        {"[12288,16384]", "[12284,16380]", "overlap, leave gaps or are not in order", 0},
+        {"[12288,16384]", "[12288,12284]", "offsets do not fit its shape", 0},
+        {"[0,12288]", "[0]", "no , where", 0},
+        {"[0,12288]", "[0,12288,12288]", "no ] where", 0},
+        {"[0,12288]}", "[0,12288],\"dtype\":\"F32\"}", "no } where", 0},
         {"[0,12288]", "[0,99999999]", "outside the file", 0},
         {"h.0.out", "h.0.qkv", "there twice", 0},
         {"h.0.out", "h.0.owt", "has no tensor h.0.out", 0},
         {"lion.m.h.0.out", "lion.n.h.0.out", "has no tensor lion.m.h.0.out", 0},
-        {"\"dtype\":", "\"dtypo\":", "unknown or repeated property", 0},
-        {"\"dtype\":\"F32\",", "", "lacks dtype", 0},
+        {"\"dtype\":", "\"dtypo\":", "no \"dtype\" where", 0},
+        {"\"dtype\":\"F32\",", "", "no \"dtype\" where", 0},
+        {"\"dtype\":\"F32\",\"shape\":[96,32]", "\"shape\":[96,32],\"dtype\":\"F32\"", "no \"dtype\" wh", 0},
+        {"[96,32],\"data_off", "[96,32],\"data off", "no \"data_offsets\" where", 0},
         {"\"width\":\"32\"", "\"width\":\"x\"", "--width is a whole number", 0},
         {"\"width\":\"32\"", "\"width\":\"64\"", "is not F32 of", 0},
         {"\"width\":\"32\",", "", "does not say its --width", 0},
-        {"\"width\":\"32\"", "\"width\":32", "not the JSON expected", 0},
+        {"\"width\":\"32\"", "\"width\":32", "no \" where", 0},
+        {"\"width\":\"32\"", "\"width\":null", "no \" where", 0},
+        {"\"width\":\"32\",", "\"width\":\"32\",,", "no \" where", 0},
+        {"\"width\":\"32\",", "\"width\":\"32\"", "no , where", 0},
+        {"\"width\":\"32\"", "\"width\",\"32\"", "no : where", 0},
         {"\"seed\"", "\"width\"", "there twice", 0},
         {"\"vocab\":\"256\"", "\"vocab\":\"-3\"", "has no good vocab", 0},
         {"\"vocab\":\"256\"", "\"vocab\":\"99\"", "was not trained on the kind of tokens", 0},
         {"\"step\":\"4\"", "\"step\":\"4x\"", "has no good step", 0},
-        {"{\"__metadata__\"", "[\"__metadata__\"", "not the JSON expected", 0},
-        {"\"us\"", "\"u\\x\"", "escape that is no character", 0},
-        {"\"us\"", "\"u\\u00zz\"", "escape that is no character", 0},
-        {"\"us\"", "\"\\udc00s\"", "escape that is no character", 0},
-        {"\"us\"", "\"\\ud800\\u0041\"", "escape that is no character", 0},
+        {"{\"__metadata__\"", "[\"__metadata__\"", "no { where", 0},
+        {"\"us\"", "\"u\\x\"", "an escape other than \\\" and \\\\", 0},
+        {"\"us\"", "\"\\u0075s\"", "an escape other than", 0},
+        {"\"us\"", "\"us\\n\"", "an escape other than", 0},
+        {"\"us\"", "\"us\\/\"", "an escape other than", 0},
         {"}}", "}}garbage", "behind its header's end", 0},
-        {"}}", "}", "not the JSON expected", 0},
+        {"}}", "}", "no , where", 0},
+        {"}}", "},\"", "a string in its header does not end", 0},
+        {"}}", "},\"\\", "an escape other than", 0},
         {"h.0.qkv", "h.0.qkvqkvqkvqkvqkvqkvqkvqkvqkvqkvqkvqkvqkvqkvqkvqkvqkv", "has no tensor h.0.qkv", 0},
         {"h.0.qkv", "h.0.qkv", "outside the file", 100},
         {"h.0.qkv", "h.0.qkv", "does not fit its tensors", -4},

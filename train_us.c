@@ -1083,7 +1083,7 @@ static char* form(const char* format, ...) {  // printf into a string that lasts
 static const char* shown(const char* s) {  // a path or text of the user's, safe to print in one line
     char* copy = form("%s", s);
     make_safe(copy, (long)strlen(copy), 0);
-    for (char* p = copy; (p = strchr(p, '\n')) != NULL; ) *p = '?';
+    for (char* p = copy; *p; p++) if (*p == '\n' || *p == '\t') *p = '?';
     return copy;
 }
 
@@ -1604,15 +1604,17 @@ static void archive_free(Archive* a) {
     free(a->entries), free(a->meta), free(a->text), free(a->path);
     memset(a, 0, sizeof *a);
 }
+static long archive_end(const Archive* a) { return a->num_entries ? a->entries[a->num_entries - 1].end : 0; }
 static void archive_add(Archive* a, const char* name, const char* dtype, const void* data, long d0, long d1,
                         long d2) {
+    const long begin = archive_end(a);
     Entry* e = archive_entry(&a->entries, &a->num_entries, name);
     e->dtype = (char*)dtype;
     e->data = data;
     e->dims = d2 ? 3 : d1 ? 2 : 1;  // those that are 0 are left out
     e->shape[0] = d0, e->shape[1] = d1, e->shape[2] = d2;
-    e->begin = a->num_entries > 1 ? e[-1].end : 0;
-    e->end = e->begin + 4 * d0 * (d1 ? d1 : 1) * (d2 ? d2 : 1);
+    e->begin = begin;
+    e->end = begin + 4 * d0 * (d1 ? d1 : 1) * (d2 ? d2 : 1);
 }
 static void archive_meta(Archive* a, const char* key, const char* value) {
     archive_entry(&a->meta, &a->num_meta, key)->value = copied(value);
@@ -1634,100 +1636,71 @@ static const void* archive_find(const Archive* a, const char* name, long rows, l
     return e->data;
 }
 
-// A reader of the JSON that such a header may hold, and no more, from a->next on. It trusts nothing.
+// A reader of the JSON that archive_write and the safetensors library write, and no more. It trusts nothing.
 __attribute__((noreturn)) static void json_die(const Archive* a, const char* what) {
     die("%s is not a good safetensors file: %s", a->path, what);
 }
 static void json_space(Archive* a) { a->next += strspn(a->next, " \n\r\t"); }
-static int json_accept(Archive* a, char c) {
+static int json_accept(Archive* a, const char* token) {
+    const size_t n = strlen(token);
     json_space(a);
-    return *a->next == c ? (a->next++, 1) : 0;
+    return strncmp(a->next, token, n) == 0 ? (a->next += n, 1) : 0;
 }
-static void json_expect(Archive* a, char c) {
-    if (!json_accept(a, c)) json_die(a, "its header is not the JSON expected");
+static void json_expect(Archive* a, const char* token) {
+    if (!json_accept(a, token)) json_die(a, form("its header has no %s where one belongs", token));
 }
-static int json_more(Archive* a, int n, char open, char close) {  // is there a member after the first n?
-    if (n == 0) json_expect(a, open);
-    if (json_accept(a, close)) return 0;
-    if (n > 0) json_expect(a, ',');
-    return 1;
-}
-static unsigned json_hex(const char* p) {  // of the four digits behind \u; 0 is none that can be kept
-    char digits[5] = "";  // a copy: sscanf would measure all of the header each time
-    if (p[0] != '\\' || p[1] != 'u' || strspn(p + 2, "0123456789ABCDEFabcdef") < 4) return 0;
-    return (unsigned)strtoul((char*)memcpy(digits, p + 2, 4), NULL, 16);
-}
-static char* json_string(Archive* a) {  // unescaped to UTF-8 in the text's own memory: it never gets longer
-    static const char escapes[] = "\"\\/bfnrt", meanings[] = "\"\\/\b\f\n\r\t";
-    json_expect(a, '"');
+static char* json_string(Archive* a) {  // unescaped in the text's own memory
+    json_expect(a, "\"");
     char *start = a->next, *to = start;
-    while (*a->next != '"') {
+    for (; *a->next != '"'; *to++ = *a->next++) {
+        if (*a->next == '\\' && *++a->next != '"' && *a->next != '\\')
+            json_die(a, "a string in its header has an escape other than \\\" and \\\\");
         if (!*a->next) json_die(a, "a string in its header does not end");
-        if (*a->next != '\\') { *to++ = *a->next++; continue; }
-        const char* simple = a->next[1] ? strchr(escapes, a->next[1]) : NULL;
-        if (simple) { *to++ = meanings[simple - escapes], a->next += 2; continue; }
-        unsigned code = json_hex(a->next), low = code >> 10 == 0xD800 >> 10 ? json_hex(a->next + 6) : 0;
-        a->next += low ? 12 : 6;
-        if (low >> 10 == 0xDC00 >> 10) code = 0x10000 + ((code & 0x3FF) << 10 | (low & 0x3FF));
-        if (code == 0 || code >> 11 == 0xD800 >> 11)
-            json_die(a, "a string in its header has an escape that is no character");
-        int more = code < 0x80 ? 0 : code < 0x800 ? 1 : code < 0x10000 ? 2 : 3;
-        *to++ = (char)((more ? 0xFF00 >> (more + 1) : 0) | code >> 6 * more);
-        while (more--) *to++ = (char)(0x80 | (code >> 6 * more & 0x3F));
     }
     a->next++;
     *to = 0;
     return start;
 }
-static char* json_member(Archive* a, int n) {  // json_more of an object, up to the value: its key, or NULL
-    if (!json_more(a, n, '{', '}')) return NULL;
+static char* json_member(Archive* a, int n) {  // the key of an object's member n, up to the value, or NULL
+    if (n == 0) json_expect(a, "{");
+    if (json_accept(a, "}")) return NULL;
+    if (n > 0) json_expect(a, ",");
     char* key = json_string(a);
-    json_expect(a, ':');
+    json_expect(a, ":");
     return key;
 }
-static int json_counts(Archive* a, long* to, int most) {
-    int n = 0;
-    for (; json_more(a, n, '[', ']'); n++) {
-        if (n == most) json_die(a, "a list in its header is too long");
-        json_space(a);
-        if (!isdigit((uint8_t)*a->next)) json_die(a, "its header has a number that is not a count");
-        to[n] = strtol(a->next, &a->next, 10);
-        if (to[n] > 1L << 56) json_die(a, "a number in its header is too large");
-    }
-    return n;
+static long json_count(Archive* a) {
+    json_space(a);
+    if (!isdigit((uint8_t)*a->next)) json_die(a, "its header has a number that is not a count");
+    return strtol(a->next, &a->next, 10);
 }
-static void json_tensor(Archive* a, Entry* e, const uint8_t* data, long size) {
-    const char* key;
-    long offsets[2];
-    int numbers = e->dims = -1;
-    double bytes = 4;  // no product of counts can wrap around, and none that fits a file is rounded
-    for (int n = 0; (key = json_member(a, n)) != NULL; n++) {
-        if (!e->dtype && strcmp(key, "dtype") == 0) e->dtype = json_string(a);
-        else if (e->dims < 0 && strcmp(key, "shape") == 0) e->dims = json_counts(a, e->shape, 4);
-        else if (numbers < 0 && strcmp(key, "data_offsets") == 0) numbers = json_counts(a, offsets, 2);
-        else json_die(a, "a tensor has an unknown or repeated property");
-    }
-    if (!e->dtype || e->dims < 0 || numbers != 2) json_die(a, "a tensor lacks dtype, shape or offsets");
+static void json_tensor(Archive* a, const char* name, const uint8_t* data, long size) {
+    const long at = archive_end(a);
+    for (int i = 0; i < a->num_entries; i++)
+        if (strcmp(a->entries[i].name, name) == 0) json_die(a, "a tensor's name is there twice");
+    Entry* e = archive_entry(&a->entries, &a->num_entries, name);
+    double bytes = 4;  // no product of counts wraps around, and none that fits a file is rounded
+    json_expect(a, "{"), json_expect(a, "\"dtype\""), json_expect(a, ":");
+    e->dtype = json_string(a);
     if (strcmp(e->dtype, "F32") != 0 && strcmp(e->dtype, "I32") != 0)
         json_die(a, "a tensor is neither F32 nor I32");
-    for (int i = 0; i < e->dims; i++) bytes *= (double)e->shape[i];
-    if (bytes > (double)size) json_die(a, "a tensor is larger than the file (is it cut off?)");
-    e->begin = offsets[0];
-    e->end = offsets[1];
-    if (e->begin > e->end || e->end > size) json_die(a, "a tensor lies outside the file (is it cut off?)");
+    json_expect(a, ","), json_expect(a, "\"shape\""), json_expect(a, ":"), json_expect(a, "[");
+    while (!json_accept(a, "]")) {
+        if (e->dims > 0) json_expect(a, ",");
+        if (e->dims == 4) json_die(a, "a shape in its header is too long");
+        bytes *= (double)(e->shape[e->dims++] = json_count(a));
+    }
+    json_expect(a, ","), json_expect(a, "\"data_offsets\""), json_expect(a, ":"), json_expect(a, "[");
+    e->begin = json_count(a), json_expect(a, ",");
+    e->end = json_count(a), json_expect(a, "]"), json_expect(a, "}");
+    if (e->begin != at) json_die(a, "its tensors overlap, leave gaps or are not in order");
+    if (e->end > size) json_die(a, "a tensor lies outside the file (is it cut off?)");
     if ((double)(e->end - e->begin) != bytes) json_die(a, "a tensor's offsets do not fit its shape");
     e->data = data + e->begin;
 }
-static int by_place(const void* a, const void* b) {  // by the middle: an empty tensor finds its place too
-    const Entry *x = (const Entry*)a, *y = (const Entry*)b;
-    return (x->begin + x->end > y->begin + y->end) - (x->begin + x->end < y->begin + y->end);
-}
-static int by_key(const void* a, const void* b) {
-    return strcmp(((const Entry*)a)->name, ((const Entry*)b)->name);
-}
 
 static void archive_read(Archive* a, const char* path) {
-    long size, at = 0;
+    long size;
     const uint8_t* file = map_file(path, "safetensors file", &size);
     uint64_t length = size < 8 ? 0 : read_u32(file) | (uint64_t)read_u32(file + 4) << 32;
     const char *name, *key;
@@ -1738,21 +1711,14 @@ static void archive_read(Archive* a, const char* path) {
     a->next = a->text = (char*)memcpy(alloc((double)length + 1), file + 8, length);
     size -= 8 + (long)length;
     for (int n = 0; (name = json_member(a, n)) != NULL; n++)
-        if (strcmp(name, "__metadata__") != 0)
-            json_tensor(a, archive_entry(&a->entries, &a->num_entries, name), file + 8 + length, size);
-        else for (int k = 0; (key = json_member(a, k)) != NULL; k++) archive_meta(a, key, json_string(a));
+        if (strcmp(name, "__metadata__") != 0) json_tensor(a, name, file + 8 + length, size);
+        else for (int k = 0; (key = json_member(a, k)) != NULL; k++) {
+            if (archive_get(a, key)) json_die(a, "a key of its metadata is there twice");
+            archive_meta(a, key, json_string(a));
+        }
     json_space(a);
     if (a->next != a->text + length) json_die(a, "there is something behind its header's end");
-    if (a->num_meta) qsort(a->meta, (size_t)a->num_meta, sizeof(Entry), by_key);
-    for (int i = 1; i < a->num_meta; i++)
-        if (by_key(&a->meta[i], &a->meta[i - 1]) == 0) json_die(a, "a key of its metadata is there twice");
-    if (a->num_entries) qsort(a->entries, (size_t)a->num_entries, sizeof(Entry), by_place);
-    for (int i = 0; i < a->num_entries; at = a->entries[i++].end)
-        if (a->entries[i].begin != at) json_die(a, "its tensors overlap or leave gaps");
-    if (at != size) json_die(a, "its length does not fit its tensors");
-    if (a->num_entries) qsort(a->entries, (size_t)a->num_entries, sizeof(Entry), by_key);
-    for (int i = 1; i < a->num_entries; i++)
-        if (by_key(&a->entries[i], &a->entries[i - 1]) == 0) json_die(a, "a tensor's name is there twice");
+    if (size != archive_end(a)) json_die(a, "its length does not fit its tensors");
 }
 
 // ---- Text ----------------------------------------------------------------------------------------------
@@ -2085,7 +2051,7 @@ static void archive_config(Archive* a, const Model* m) {
     const double numbers[] = {(double)m->c.vocab, (double)m->step, (double)m->sequence, m->grad_scale};
     memset(a, 0, sizeof *a);
     for (const Option* o = OPTIONS; o < OPTIONS_END; o++)
-        if (o->stored) archive_meta(a, o->name, shown(option_get(&m->c, o)));  // JSON is UTF-8
+        if (o->stored) archive_meta(a, o->name, shown(option_get(&m->c, o)));  // as JSON wants it
     for (int i = 0; i < 4; i++) archive_meta(a, keys[i], form("%.17g", numbers[i]));
     archive_meta(a, "data", form("%016llx", (unsigned long long)m->c.data));
     archive_meta(a, "val_data", form("%016llx", (unsigned long long)m->c.val_data));
@@ -2104,7 +2070,7 @@ static int lasting(const Model* m) { return !m->training ? 1 : m->c.optimizer ==
 static const char* const PREFIXES[2][3] = {{"", "lion.m.", ""}, {"", "adam.m.", "adam.v."}};
 static void json_write(FILE* f, const char* before, const char* s) {
     fprintf(f, "%s\"", before);
-    for (; *s; s++) fprintf(f, strchr("\"\\", *s) ? "\\%c" : (uint8_t)*s < 32 ? "\\u%04x" : "%c", *s);
+    for (; *s; s++) fprintf(f, strchr("\"\\", *s) ? "\\%c" : "%c", *s);
     fputc('"', f);
 }
 // Into a temporary file, synced, then renamed: a crash or a full disk never costs the file that was there.

@@ -138,7 +138,7 @@ data: validation text is trained on | s/train->count = val->start = tokens.count
 resume: the data starts again | s/m->sequence = checkpoint_number(a, "sequence", 1e15)/m->sequence = 0/
 resume: the optimizer's state is forgotten | s/memcpy((float\*)cpu_get/if (what == PARAMS) memcpy((float*)cpu_get/
 saves: all that is saved is parameters | s/device->get(m, (Lasting)(i \/ m->num_tensors)/device->get(m, PARAMS/
-files: overlapping tensors are accepted | s/if (a->entries\[i\].begin != at) json_die/if (0) json_die/
+files: overlapping tensors are accepted | s/if (e->begin != at) json_die/if (0) json_die/
 text: top-k is ignored | s/c->top_k ? (int)min_l(c->top_k, V) : V/V/
 validation: the last batch counts as a whole one | s/sum += device->loss(&part) \* part.c.batch;/sum += device->loss(\&part) * m->c.batch;/
 validation: windows are counted from the end | s/(double)(val->count - T - 1) \* place/(double)(val->count - T - 1) * (1 - place)/
@@ -149,7 +149,7 @@ saves: what --save-every names is deleted | s/!every(c->save_every, s) \&\& ++ke
 resume: other data is accepted | s/if (archive_get(a, keys\[i\]) \&\& /if (0 \&\& /
 resume: a damaged checkpoint ends all | s/if (die_to \&\& setjmp(next)) { die_to = NULL, archive_free(a); continue; }/die_to = NULL;/
 print: control characters of two bytes pass | s/length == 2 \&\& code >= 0xA0/length == 2 \&\& code >= 0x80/
-files: half a surrogate pair is a character | s/if (low >> 10 == 0xDC00 >> 10) code/if (0) code/
+files: every escape stands for its letter | s/json_die(a, "a string in its header has an escape .*/{}/
 recompute: a block is not computed again | s/if (m->c.recompute \&\& l < m->c.layers - 1)/if (0)/
 gpu: barrier missing before a tile is written | /^activation_kernel/,/^}/s/^    __syncthreads();//
 gpu: barrier missing before a tile is filled again | /^norm_forward_kernel/,/^}/{/^        __syncthreads();$/{N;s/__syncthreads();\n    }/\n    }/}}
