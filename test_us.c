@@ -1078,7 +1078,7 @@ static void test_archive(void) {
     n += (size_t)sprintf(file + n, " { \"__metadata__\": {\"a\\\\b\": \"µ\\\"\\\\n\", "
                          "\"long\": \"%s\"", longest);
     for (int i = 0; i < 70; i++) n += (size_t)sprintf(file + n, ", \"k%d\": \"%d\"", i, i * i);
-    n += (size_t)sprintf(file + n, "},\n\"t\" : {\"dtype\": \"F32\", \"shape\": [ ], \"data_offsets\": [0, 4]},"
+    n += (size_t)sprintf(file + n, "},\n\"t\" : {\"dtype\": \"F32\", \"shape\": [], \"data_offsets\": [0, 4]},"
                          " \"empty\": {\"dtype\": \"F32\", \"shape\": [300, 0], \"data_offsets\": [4,\t4]}}");
     for (int i = 0; i < 8; i++) file[i] = (char)((n - 8) >> 8 * i);
     text_file(path, sizeof path, "python.safetensors");
@@ -1258,15 +1258,9 @@ static void test_bad_files(void) {
           "without a table: %s %s", numbers->err, sample);
     check(run_us("--generate %s/ids/ckpt_00000001.safetensors --tokens 3")->status == 0, "%s", result.err);
     check_fails("--generate %s/ids/ckpt_00000001.safetensors --prompt a", "--prompt wants a table");
-    shell("mkfifo '%s/fifo' && cd '%s' && gzip -c /dev/null >zipped && printf '\\377\\376a\\0b\\0' >utf16 && "
-          "head -c 100 /dev/zero >>utf16");
+    shell("mkfifo '%s/fifo'");
     check_fails("--input %s/fifo", "is not a regular file");
-    check(run_us("--input %s/zipped --val README.md --steps 1 " TINY)->status == 0 &&
-              strstr(result.out, "is compressed by gzip"), "gzip: %s%s", result.err, result.out);
-    check(run_us("--input %s/utf16 --val README.md --steps 1 " TINY)->status == 0 &&
-              strstr(result.out, "is in UTF-16"), "UTF-16: %s%s", result.err, result.out);
-    check(run_us("--input %s/random.safetensors --steps 1 " TINY)->status == 0 &&
-              strstr(result.out, "is no text: it has NUL bytes"), "NUL bytes: %s", result.err);
+    check(run_us("--input %s/random.safetensors --steps 1 " TINY)->status == 0, "any bytes: %s", result.err);
     check_fails("--input %s/good.bin --seq 16 --tokenizer %s/dir", "is not a regular file");
     check_fails("--input %s/good.bin --seq 16 --tokenizer %s/random.bin", "is not a tokenizer file");
     char other[1026 + 2] = {0};

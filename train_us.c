@@ -1519,11 +1519,6 @@ static void tokens_open(Tokens* t, const char* pattern) {  // a text, a .bin sha
         if (width == 2 && (size < 1024 || read_u32(p + 4) != 1 || size != 1024 + 2L * read_u32(p + 8)))
             die("token shard %s is damaged: version or token count do not fit its %ld bytes", path, size);
         if (i > 0 && width != t->bytes_per_token) die("%s mixes token shards and other files", pattern);
-        const int mark = size < 2 ? 0 : p[0] << 8 | p[1], utf16 = mark == 0xFEFF || mark == 0xFFFE;
-        const char* odd = mark == 0x1F8B ? "compressed by gzip" : utf16 ? "in UTF-16"
-                          : memchr(p, 0, (size_t)min_l(size, 65536)) ? "no text: it has NUL bytes" : NULL;
-        if (width == 1 && odd)
-            printf("note: %s is %s; its bytes are learned as they are\n", shown(path), odd);
         t->bytes_per_token = width;
         t->shards[i].p = width == 2 ? p + 1024 : p;
         t->count += t->shards[i].count = width == 2 ? (size - 1024) / 2 : size;
