@@ -1078,8 +1078,8 @@ static void test_archive(void) {
     n += (size_t)sprintf(file + n, " { \"__metadata__\": {\"a\\\\b\": \"µ\\\"\\\\n\", "
                          "\"long\": \"%s\"", longest);
     for (int i = 0; i < 70; i++) n += (size_t)sprintf(file + n, ", \"k%d\": \"%d\"", i, i * i);
-    n += (size_t)sprintf(file + n, "},\n\"t\" : {\"dtype\": \"F32\", \"shape\": [], \"data_offsets\": [0, 4]},"
-                         " \"empty\": {\"dtype\": \"F32\", \"shape\": [300, 0], \"data_offsets\": [4,\t4]}}");
+    n += (size_t)sprintf(file + n, "},\n\"t\" : {\"dtype\": \"F32\", \"shape\": [], \"data_offsets\": [0, 4]}"
+                         ", \"empty\": {\"dtype\": \"F32\", \"shape\": [300, 0], \"data_offsets\": [4,\t4]}}");
     for (int i = 0; i < 8; i++) file[i] = (char)((n - 8) >> 8 * i);
     text_file(path, sizeof path, "python.safetensors");
     write_file(path, file, n + 4);
@@ -1405,21 +1405,6 @@ static void test_nothing_lost(void) {
              "--width 32 --heads 2 --seq 16 --batch 3 --eval-every 1", 0, 0, CUT);
     check(result.status == 1 && strstr(result.out, "saved "), "cut off: %d %s", result.status, result.err);
     shell("cd '%s/other' && strings -n 12 ckpt_*.safetensors | grep -q '\"batch\":\"3\"'");
-
-    // What may still be taken follows ulimit -v.
-    fflush(stdout);
-    const pid_t child = fork();
-    if (child == 0) {
-        const double mapped = 4096 * file_number("/proc/self/statm", ""), room = 64e6;
-        const double before = memory_available();
-        struct rlimit r = {(rlim_t)(mapped + room), RLIM_INFINITY};
-        getrlimit(RLIMIT_AS, &r), r.rlim_cur = (rlim_t)(mapped + room);
-        const int set = setrlimit(RLIMIT_AS, &r) == 0, least = memory_available() <= room + 1e6;
-        _exit(before > 2 * room && set && least ? 0 : 1);
-    }
-    int status = 1;
-    waitpid(child, &status, 0);
-    check(status == 0, "ulimit -v is seen");
 }
 
 // Validation is of the same windows for any batch: FP32 rounding apart, the same number.

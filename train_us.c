@@ -50,7 +50,6 @@ a format is narrower, the float holds a value which that format has.
 #include <string.h>
 #include <sys/file.h>
 #include <sys/mman.h>
-#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <time.h>
@@ -2188,15 +2187,11 @@ static double file_number(const char* path, const char* key) {  // infinite wher
     if (f) fclose(f);
     return number;
 }
-static double memory_available(void) {  // bytes that the machine, a container and ulimit -v leave
-    struct rlimit own = {RLIM_INFINITY, RLIM_INFINITY};
+static double memory_available(void) {  // bytes that the machine and a container leave
     const double most = file_number("/sys/fs/cgroup/memory.max", "");
     const double cache = file_number("/sys/fs/cgroup/memory.stat", "inactive_file ");  // given back on demand
     const double left = most - (file_number("/sys/fs/cgroup/memory.current", "") - cache);  // NaN: no group
-    const double least = fmin(1024 * file_number("/proc/meminfo", "MemAvailable:"), left);
-    getrlimit(RLIMIT_AS, &own);
-    if (own.rlim_cur == RLIM_INFINITY) return least;
-    return fmin(least, (double)own.rlim_cur - 4096 * file_number("/proc/self/statm", ""));
+    return fmin(1024 * file_number("/proc/meminfo", "MemAvailable:"), left);
 }
 // Says how much of the host's memory a model takes before any is taken, and ends the program if that is not
 // there. on_host: all of it, with one tensor apart while it is made; or else that one alone.
