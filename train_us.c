@@ -1524,17 +1524,12 @@ static void tokens_open(Tokens* t, const char* pattern) {  // a text, a .bin sha
     }
     if (is_pattern) globfree(&found);
 }
-// Which data this is: the size of each file, and 4 MB of them all, spread evenly (16 pages a file at least).
-static uint64_t tokens_hash(const Tokens* t) {
+static uint64_t tokens_hash(const Tokens* t) {  // which data this is: each file's size, and its first MB
     uint64_t h = 0;
-    const long pages = t->num_shards < 64 ? 1024 / t->num_shards : 16;
     for (int i = 0; i < t->num_shards; i++) {
         const long size = t->shards[i].count * t->bytes_per_token;
         h = mix64(h + (uint64_t)size + 1);
-        for (long k = 0; k < min_l(size, pages * 4096); k++) {  // all of a smaller file
-            const long at = size <= pages * 4096 ? k : size / pages * (k / 4096) + k % 4096;
-            h = (h ^ t->shards[i].p[at]) * 0x100000001B3ull;
-        }
+        for (long k = 0; k < min_l(size, 1 << 20); k++) h = (h ^ t->shards[i].p[k]) * 0x100000001B3ull;
     }
     return h;
 }
