@@ -1078,8 +1078,9 @@ static void test_archive(void) {
     n += (size_t)sprintf(file + n, " { \"__metadata__\": {\"a\\\\b\": \"µ\\\"\\\\n\", "
                          "\"long\": \"%s\"", longest);
     for (int i = 0; i < 70; i++) n += (size_t)sprintf(file + n, ", \"k%d\": \"%d\"", i, i * i);
-    n += (size_t)sprintf(file + n, "},\n\"t\" : {\"dtype\": \"F32\", \"shape\": [], \"data_offsets\": [0, 4]}"
-                         ", \"empty\": {\"dtype\": \"F32\", \"shape\": [300, 0], \"data_offsets\": [4,\t4]}}");
+    n += (size_t)sprintf(file + n, "},\n\"t\" : {\"dtype\": \"F32\", \"shape\": [], "
+                         "\"data_offsets\": [0, 4]}, \"empty\": {\"dtype\": \"F32\", \"shape\": [300, 0], "
+                         "\"data_offsets\": [4,\t4]}}");
     for (int i = 0; i < 8; i++) file[i] = (char)((n - 8) >> 8 * i);
     text_file(path, sizeof path, "python.safetensors");
     write_file(path, file, n + 4);

@@ -1915,10 +1915,7 @@ static void print_help(void) {
         const char* only = o->type == FLOAT && o->choices ? form("%s: ", o->choices) : "";
         printf("%s%s%s%s\n", flag, only, o->help, *o->value ? form(" [%s]", o->value) : "");
     }
-    printf("auto: --tau 0.4 up to 4 layers, then 0.4 (4/layers)^0.43; with adamw (lion: README)\n");
-    for (const Scheme* s = SCHEMES; s < SCHEMES + sizeof SCHEMES / sizeof *SCHEMES; s++)
-        if (s->decay > 0) printf("      %-8s --lr %g for bytes, %g for GPT-2's tokens, --decay %g\n", s->name,
-               (double)s->lr_bytes[ADAMW], (double)s->lr_tokens[ADAMW], (double)s->decay);
+    printf("auto: --tau 0.4 up to 4 layers, then 0.4 (4/layers)^0.43; --lr and --decay by scheme: see README\n");
 }
 
 // Fills c from the defaults, then from a checkpoint's metadata if there is one, then from the flags given.
