@@ -1915,7 +1915,7 @@ static void print_help(void) {
         const char* only = o->type == FLOAT && o->choices ? form("%s: ", o->choices) : "";
         printf("%s%s%s%s\n", flag, only, o->help, *o->value ? form(" [%s]", o->value) : "");
     }
-    printf("auto: --tau 0.4 up to 4 layers, then 0.4 (4/layers)^0.43; --lr and --decay by scheme: see README\n");
+    printf("auto: --tau 0.4 up to 4 layers, then 0.4 (4/layers)^0.43; --lr, --decay: see README\n");
 }
 
 // Fills c from the defaults, then from a checkpoint's metadata if there is one, then from the flags given.
@@ -2560,10 +2560,7 @@ __attribute__((unused)) static int run(int argc, char** argv, const Device* devi
         }
     }
     c.input = absolute(c.input), c.val = absolute(c.val), c.tokenizer = absolute(c.tokenizer);
-    if (!loaded && c.warmup >= c.steps) {
-        printf("--warmup %d is not less than --steps %d: %d is taken\n", c.warmup, c.steps, c.steps / 10);
-        c.warmup = c.steps / 10;
-    }
+    if (!loaded && c.warmup >= c.steps) c.warmup = c.steps / 10;  // as the header says
     if (*c.generate) c.batch = 1;
     else splits_open(&c, &training, &validation);
     config_defaults(&c);
