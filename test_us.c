@@ -1516,13 +1516,12 @@ static void test_checkpoints(void) {
     uint16_t tokens[600] = {0};
     text_file(path, sizeof path, "good.bin"), write_shard(path, tokens, 600, 600);
     check_fails("--out %s/run --resume --input %s/good.bin --steps 9", "was not trained on the kind");
-    // Other data is refused, an edit in its middle too; what --steps does is said.
+    // Other data is refused, an edit in its middle too.
     shell("cp README.md '%s/other.txt' && cd '%s' && tr t T <other.txt >edited.txt");
     shell("rm -rf '%s/a' && cp -r '%s/run' '%s/a'");
     check_fails("--out %s/a --resume --input %s/other.txt --steps 9", "--new-data goes on");
     check_fails("--out %s/a --resume --val %s/edited.txt --steps 9", "--new-data goes on");
-    check(run_us("--out %s/a --resume --val %s/other.txt --steps 9")->status == 0 &&
-              strstr(result.out, "--steps was 8 and is 9: the learning rate follows"),
+    check(run_us("--out %s/a --resume --val %s/other.txt --steps 9")->status == 0,
           "a copy is the same data: %s", result.err);
     check(run_us("--out %s/a --resume --val %s/edited.txt --steps 10 --new-data")->status == 0, "%s",
           result.err);

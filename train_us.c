@@ -2513,18 +2513,14 @@ static void table_open(Text* t, Config* c, const char* stored) {
     if (t->vocab != c->vocab)
         die("tokenizer %s has %d tokens, the model %d", c->tokenizer, t->vocab, c->vocab);
 }
-static void resumed(const Config* c, const Archive* a, long step) {  // is it the same data, the same --steps?
+static void resumed(const Config* c, const Archive* a) {  // is it the same data?
     const char* const keys[] = {"data", "val_data"};
     const uint64_t now[] = {c->data, c->val_data};
-    const long steps = checkpoint_number(a, "steps", 1e15);
     for (int i = 0; i < 2 && !c->new_data; i++)
         if (archive_get(a, keys[i]) && strtoull(archive_get(a, keys[i]), NULL, 16) != now[i])
             die("--%s is not the data that %s was trained on: size or content differ; --new-data goes on",
                 i ? "val" : "input", a->path);
     printf("resumed from %s\n", shown(a->path));
-    if (steps != c->steps)
-        printf("--steps was %ld and is %d: the learning rate follows the new schedule, %.5f at step %ld\n",
-               steps, c->steps, learning_rate(c, step + 1), step + 1);
 }
 
 __attribute__((unused)) static int run(int argc, char** argv, const Device* device) {
@@ -2579,7 +2575,7 @@ __attribute__((unused)) static int run(int argc, char** argv, const Device* devi
     if (*c.generate) generate(&m, device, &text, c.tokens);
     else {
         if (device->describe) device->describe(&m);
-        if (loaded) resumed(&c, &checkpoint, m.step);
+        if (loaded) resumed(&c, &checkpoint);
         if (*c.dump) dump(&m, device, &training);
         else train(&m, device, &training, &validation, &text);
     }
