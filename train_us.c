@@ -1930,21 +1930,14 @@ static void config_parse(Config* c, int argc, char** argv, const Archive* checkp
             die("checkpoint %s does not say its --%s", checkpoint->path, o->name);
     }
     for (int i = 1; i < argc; i++) {
-        char name[64] = "";
-        const char *equals = strchr(argv[i], '='), *value = equals ? equals + 1 : "1";
         const Option* o = OPTIONS;
-        sscanf(argv[i], "--%63[^=]", name);
-        while (o < OPTIONS_END && (!o->name || strcmp(o->name, name) != 0)) o++;
-        if (o == OPTIONS_END && i > 2 && *argv[i] != '-' && access(argv[i], F_OK) == 0)
-            die("%s is one file too many: quote a pattern of names, as in --input 'DIR/*.bin'", argv[i]);
-        if (o == OPTIONS_END) die("there is no option %s (--help lists them)", argv[i]);
-        if (o->type == FLAG && equals) die("--%s takes no value", name);
-        if (o->type != FLAG && !equals) value = ++i < argc ? argv[i] : NULL;
-        if (!value) die("--%s wants a value (--help lists the options)", name);
-        const char* before = option_get(c, o);
+        while (o < OPTIONS_END && (!o->name || strcmp(form("--%s", o->name), argv[i]) != 0)) o++;
+        if (o == OPTIONS_END) die("there is no option %s: see --help, and quote patterns of names", argv[i]);
+        const char *before = option_get(c, o), *value = o->type == FLAG ? "1" : argv[++i];
+        if (i == argc) die("--%s wants a value (--help lists the options)", o->name);
         option_set(c, o, checkpoint && strcmp(value, "auto") == 0 ? before : value, "");
         if (checkpoint && o->stored == FIXED && strcmp(before, option_get(c, o)) != 0)
-            die("--%s %s does not fit checkpoint %s, which has %s", name, value, checkpoint->path, before);
+            die("--%s %s does not fit checkpoint %s, which has %s", o->name, value, checkpoint->path, before);
     }
 }
 static int option_applies(const Config* c, const Option* o) {

@@ -7,8 +7,8 @@ fuzz.c: files from elsewhere, made up by clang's libFuzzer, which goes on with t
 
 READER and N: safetensors 5120 (a checkpoint, until its tensors are in a model), shards 1100 (or any text),
 tokenizer 1600 (and a text to encode, in unused bytes of its header), settings 512 (a checkpoint's, a line
-each: a byte that picks the option, its value; and flags). Besides what the sanitizers see: what is written
-and read again is the same, tokens spell their text, and no output can steer a terminal.
+each: a byte that picks the option, its value; and flags, --NAME=VALUE). Besides what the sanitizers see: what
+is written and read again is the same, tokens spell their text, and no output can steer a terminal.
 */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -133,8 +133,10 @@ static void read_settings(void) {
     if (file.size) memcpy(lines, file.data, file.size);
     while ((line = strsep(&rest, "\n")) != NULL) {
         const Option* o = OPTIONS + (uint8_t)*line % (OPTIONS_END - OPTIONS);
-        if (*line == '-' && num_flags < 64) flags[num_flags++] = line;
-        else if (*line && o->name) archive_meta(&archive, o->name, line + 1);
+        if (*line == '-' && num_flags < 62) {
+            flags[num_flags++] = strsep(&line, "=");
+            if (line) flags[num_flags++] = line;
+        } else if (*line && o->name) archive_meta(&archive, o->name, line + 1);
     }
     for (const Option* o = OPTIONS; o < OPTIONS_END; o++)
         if (o->name) archive_meta(&archive, o->name, o->value);  // counts where there was no line
@@ -198,14 +200,14 @@ int LLVMFuzzerInitialize(int* argc, char*** argv) {
     static const char table[] = "\1a\1b\1 \2ab\3 ab\2\xc3\xa9\2'sabc", python[] =
         "\x60\0\0\0\0\0\0\0{\"__metadata__\":{\"format\":\"\\\\µ\"}, \"a\": {\"dtype\":\"F32\","
         "\"shape\":[2],\"data_offsets\":[0,8]}}       \0\0\0\0\0\0\0\0";
-    char* tiny[] = {"", "--layers=1", "--width=1", "--heads=1", "--seq=1", "--optimizer=lion"};
+    char* tiny[] = {"", "--layers", "1", "--width", "1", "--heads", "1", "--seq", "1", "--optimizer", "lion"};
     const char *name = getenv("FUZZ"), *dir = *argc > 1 ? (*argv)[1] : "";
     while (reader < READERS && strcmp(name ? name : "", NAMES[reader]) != 0) reader++;
     if (reader == READERS) die("FUZZ is safetensors, shards, tokenizer or settings");
     stdout = stderr = open_memstream(&printed, &num_printed);  // libFuzzer has its own
     if (reader == SAFETENSORS) {
         Config c;
-        config_parse(&c, 6, tiny, NULL);
+        config_parse(&c, 11, tiny, NULL);
         c.vocab = 1;
         config_defaults(&c);
         model_layout(&model, &c);
@@ -218,7 +220,7 @@ int LLVMFuzzerInitialize(int* argc, char*** argv) {
         FILE* f = fopen("", "");
         for (const Option* o = OPTIONS; o < OPTIONS_END && reader == SETTINGS; o++)
             fprintf(f, "%c%s\n", (int)(o - OPTIONS + 2 * (OPTIONS_END - OPTIONS)), o->value);
-        if (reader == SETTINGS) fputs("--resume\n--width\n64\n--lr=0.1", f);
+        if (reader == SETTINGS) fputs("--resume\n--width=64\n--lr=0.1", f);
         else fwrite(heads[reader - SHARDS], 16, 1, f), fprintf(f, "%-1008s%s", "ab's b \xc3\xa9", table);
         fclose(f);
     }
