@@ -2394,12 +2394,6 @@ static void save_at_end(void) {
     const char* path = checkpoint_path(current.m->c.out, current.saved);
     if (current.saved > current.first) printf("saved %s\n", shown(path));
 }
-static void flush_log(FILE* f, const char* dir) {  // at once; a full disk costs rows and not the run
-    static int said;
-    if (f && (fflush(f) != 0 || ferror(f)) && !said++)
-        fprintf(stderr, "%s: cannot write the log in %s: %s\n", program, shown(dir), strerror(errno));
-    if (f) clearerr(f);
-}
 
 static void train(Model* m, const Device* device, const Split* train, const Split* val, const Text* text) {
     static const int signals[] = {SIGINT, SIGTERM, SIGHUP, SIGPIPE};
@@ -2447,14 +2441,14 @@ static void train(Model* m, const Device* device, const Split* train, const Spli
         if (log) {
             const char* val_text = isfinite(val_loss) ? form("%.6f", val_loss) : "";
             fprintf(log, "%ld,%.6f,%s,%.6g,%.6g,%.3f,%.1f\n", s, r.loss, val_text, lr, r.norm, ms, rate);
-            flush_log(log, c->out), flush_log(stats, c->out);
         }
         if (want_sample) generate(m, device, text, sample);
-        fflush(stdout);
+        fflush(NULL);  // the logs too; a full disk costs rows of them, and not the run
         if (log && !last && (seconds() - current.saved_at >= save_seconds || every(c->save_every, s))) save();
     }
     if (stopping(m)) printf("\nstopped by a signal after step %ld\n", m->step);
     if (log) save_at_end();
+    if (log && (ferror(log) || (stats && ferror(stats)))) die("rows of the logs in %s are missing", c->out);
     if (stopping(m)) return;
     printf("validation loss %.4f", val_loss);
     if (c->vocab == BYTES_VOCAB) printf(", %.4f bits per byte", val_loss / 0.693147180559945);
