@@ -40,7 +40,6 @@ a format is narrower, the float holds a value which that format has.
 #include <glob.h>
 #include <limits.h>
 #include <math.h>
-#include <setjmp.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -1087,7 +1086,6 @@ static const char* shown(const char* s) {  // a path or text of the user's, safe
 }
 
 static const char* program = "train_us";
-static jmp_buf* die_to;           // set: an attempt that may fail, and where to go on if it does
 static void (*last_words)(void);  // set: what has to be saved before the end
 static void die(const char* format, ...) {
     char text[9000];
@@ -1097,7 +1095,6 @@ static void die(const char* format, ...) {
     va_end(args);
     fflush(stdout);
     fprintf(stderr, "%s: %s\n", program, shown(text));
-    if (die_to) longjmp(*die_to, 1);
     if (last_words) last_words();
     exit(1);
 }
@@ -2108,20 +2105,18 @@ static long checkpoint_number(const Archive* a, const char* key, double high) {
         die("%s has no good %s in its metadata", a->path, key);
     return (long)x;
 }
-static void checkpoint_check(const Archive* a) {  // for what no cut and no JSON shows: values not finite
-    for (int i = 0; i < a->num_entries; i++)
-        for (long at = a->entries[i].begin; at < a->entries[i].end; at += 4) {
-            float x;  // not aligned, if another's header is not
-            memcpy(&x, (const char*)a->entries[i].data + at - a->entries[i].begin, 4);
-            if (!isfinite(x)) die("%s holds values that are not finite, in %s", a->path, a->entries[i].name);
-        }
-}
 static void checkpoint_load(Model* m, const Device* device, const Archive* a) {
     const int unknown = a->num_entries - lasting(m) * m->num_tensors;
     for (int i = PARAMS; i < lasting(m); i++)  // to generate text, only the parameters
         for (const Tensor* t = m->tensors; t < m->tensors + m->num_tensors; t++) {
             const char* name = form("%s%s", PREFIXES[m->c.optimizer][i], t->name);
-            device->put(m, (Lasting)i, t, archive_find(a, name, t->rows, t->cols));
+            const char* values = (const char*)archive_find(a, name, t->rows, t->cols);
+            for (long k = 0; k < t->rows * t->cols; k++) {
+                float x;  // not aligned, if another's header is not
+                memcpy(&x, values + 4 * k, 4);
+                if (!isfinite(x)) die("%s holds values that are not finite, in %s", a->path, name);
+            }
+            device->put(m, (Lasting)i, t, values);
         }
     if (m->training && unknown) die("%s holds %d tensors that are not known", a->path, unknown);
     m->step = checkpoint_number(a, "step", 1e15);
@@ -2137,22 +2132,6 @@ static long checkpoint_before(const char* dir, long step) {  // the newest one's
     }
     if (d) closedir(d);
     return newest;
-}
-// Opens the newest checkpoint in --out that is not damaged, and names those that are; is one there?
-static int checkpoint_open(Archive* a, const char* dir) {
-    static long step, older;  // not on the stack, which longjmp may leave half changed
-    for (step = checkpoint_before(dir, LONG_MAX); step >= 0; step = older) {
-        jmp_buf next;
-        older = checkpoint_before(dir, step);
-        die_to = older >= 0 ? &next : NULL;
-        if (die_to && setjmp(next)) { die_to = NULL, archive_free(a); continue; }
-        archive_read(a, checkpoint_path(dir, step));
-        if (checkpoint_number(a, "step", 1e15) != step) die("%s is of another step", a->path);
-        checkpoint_check(a);
-        break;
-    }
-    die_to = NULL;
-    return step >= 0;
 }
 static int every(int n, long step) { return n && step % n == 0; }
 // Deletes all but the newest --keep that this process wrote, after step `first`; those of --save-every stay.
@@ -2516,7 +2495,7 @@ __attribute__((unused)) static int run(int argc, char** argv, const Device* devi
     static Text text;
     static Split training, validation;
     static Archive checkpoint;
-    int loaded = 0, fd;
+    int fd;
     wait_briefly(argv);
     // Descriptors 0 to 2, if they came closed, must not become a log's, which would get what is printed.
     while ((fd = open("/dev/null", O_RDONLY)) >= 0 && fd <= 2) {}
@@ -2527,11 +2506,11 @@ __attribute__((unused)) static int run(int argc, char** argv, const Device* devi
     if (c.help || argc < 2) { print_help(); return c.help ? 0 : 1; }
     if (*c.generate && *c.dump) die("--generate and --dump are two things: give one of them");
     if (c.resume && !*c.out) die("--resume needs the --out directory of the run to continue");
-    if (*c.generate) archive_read(&checkpoint, c.generate), checkpoint_check(&checkpoint), loaded = 1;
-    else if (c.resume) loaded = checkpoint_open(&checkpoint, c.out);
-    else if (*c.out && (checkpoint_before(c.out, LONG_MAX) >= 0 || !access(form("%s/log.csv", c.out), F_OK)))
-        die("%s holds a run already: --resume it, or name another --out", c.out);
+    const long newest = *c.out && !*c.generate ? checkpoint_before(c.out, LONG_MAX) : -1;
+    const int loaded = *c.generate || newest >= 0;
+    if (newest >= 0 && !c.resume) die("%s holds a run already: --resume it, or name another --out", c.out);
     if (loaded) {
+        archive_read(&checkpoint, *c.generate ? c.generate : checkpoint_path(c.out, newest));
         config_parse(&c, argc, argv, &checkpoint);
         c.vocab = (int)checkpoint_number(&checkpoint, "vocab", 65536);
         if (c.vocab != BYTES_VOCAB && c.vocab != GPT2_VOCAB)
