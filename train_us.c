@@ -2464,9 +2464,8 @@ static const char* absolute(const char* path) {  // so that a checkpoint's data 
     return copied(form("%s/%s", here, path));
 }
 // Opens --tokenizer or gpt2_tokenizer.bin beside the shards or one folder up; without one tokens are numbers.
-static void table_open(Text* t, Config* c, const char* stored) {
+static void table_open(Text* t, Config* c) {
     const char *slash = strrchr(c->input, '/'), *const places[] = {"", "../"};
-    if (stored && strcmp(stored, c->tokenizer) == 0 && access(stored, R_OK) != 0) c->tokenizer = "";
     for (int i = 0; i < 2 && !*c->tokenizer && slash; i++) {
         const char* path = form("%.*s%sgpt2_tokenizer.bin", (int)(slash - c->input + 1), c->input, places[i]);
         if (access(path, R_OK) == 0) c->tokenizer = copied(path);
@@ -2495,11 +2494,9 @@ __attribute__((unused)) static int run(int argc, char** argv, const Device* devi
     static Text text;
     static Split training, validation;
     static Archive checkpoint;
-    int fd;
     wait_briefly(argv);
     // Descriptors 0 to 2, if they came closed, must not become a log's, which would get what is printed.
-    while ((fd = open("/dev/null", O_RDONLY)) >= 0 && fd <= 2) {}
-    close(fd);
+    for (int fd = 0; fd >= 0 && fd <= 2; ) fd = open("/dev/null", O_RDONLY);
     signal(SIGBUS, on_bus_error);
     signal(SIGXFSZ, SIG_IGN);  // more than ulimit -f is an error like a full disk
     config_parse(&c, argc, argv, NULL);
@@ -2527,7 +2524,7 @@ __attribute__((unused)) static int run(int argc, char** argv, const Device* devi
     else splits_open(&c, &training, &validation);
     config_defaults(&c);
     if (c.vocab == BYTES_VOCAB) text_open(&text, NULL);
-    else table_open(&text, &c, archive_get(&checkpoint, "tokenizer"));
+    else table_open(&text, &c);
     if (*c.dump || *c.generate) c.recompute = 0;  // both want every block's buffers
     model_layout(&m, &c);
     if (!*c.generate) print_header(&m, device, &training, &validation);
