@@ -1213,6 +1213,8 @@ static void test_command_line(void) {
             check_fails(flags, says);
         }
     }
+    check_fails("--input train_us.c --steps 2.5", "--steps is a whole number from 1 to 1e+09, not '2.5'");
+    check_fails("--input train_us.c --seed 9007199254740993", "--seed is a whole number from 0 to");
     check_fails("--input train_us.c --width 100 --heads 3", "--width 100 is not a multiple of --heads 3");
     check_fails("--input train_us.c --width 65536 --layers 1000 --heads 128", "memory wanted");
     check(strstr(result.out, "; memory: ") != NULL, "the memory line comes before the end");

@@ -1823,7 +1823,7 @@ static const Option OPTIONS[] = {
     {"base-width", "256", 0, INT, KEPT, AT(base_width), 1, 65536, "hidden matrices learn at --lr there"},
     {"precision", "fp8", "fp32|bf16|fp8", INT, KEPT, AT(precision), 0, 0, "of the matmuls' operands"},
     {"recompute", "", 0, FLAG, NO, AT(recompute), 0, 1, "less memory for more time (--resume forgets it)"},
-    {"seed", "1", 0, UINT64, KEPT, AT(seed), 0, 0x1p64, "of weights, batches and samples"},
+    {"seed", "1", 0, UINT64, KEPT, AT(seed), 0, 0x1p53 - 1, "of weights, batches and samples"},
     {NULL, "", 0, HEADING, NO, 0, 0, 0, "Experiments: multipliers of some schemes, of rates, of gradients"},
     {"alpha-res", "1", "umup", FLOAT, KEPT, AT(alpha_res), 1e-6, 1e6, "of branches"},
     {"alpha-res-attn-ratio", "1", "umup", FLOAT, KEPT, AT(alpha_res_attn_ratio), 1e-6, 1e6, "their ratio"},
@@ -1874,16 +1874,13 @@ static void option_set(Config* c, const Option* o, const char* value, const char
         if (*(int*)field < 0) die("%s--%s is one of %s, not '%s'", where, o->name, o->choices, value);
     } else if (strcmp(value, "auto") == 0 && strcmp(o->value, "auto") == 0) *(float*)field = -1;
     else {
-        errno = 0;
-        uint64_t whole = strtoull(value, &end, 10);
-        double x = isdigit((uint8_t)*value) && !errno ? (double)whole : -1;
-        if (o->type == FLOAT) x = strtod(value, &end);
-        if (end == value || *end || !(x >= o->low && x <= o->high))
+        const double x = strtod(value, &end);
+        if (end == value || *end || !(x >= o->low && x <= o->high) || (o->type != FLOAT && x != floor(x)))
             die("%s--%s is a %s from %g to %.9g, not '%s'", where, o->name,
                 o->type == FLOAT ? "number" : "whole number", o->low, o->high, value);
         if (o->type == FLOAT) *(float*)field = (float)x;
-        else if (o->type == UINT64) *(uint64_t*)field = whole;
-        else *(int*)field = (int)whole;
+        else if (o->type == UINT64) *(uint64_t*)field = (uint64_t)x;
+        else *(int*)field = (int)x;
     }
 }
 static const char* option_get(const Config* c, const Option* o) {  // option_set reads back the same bits
