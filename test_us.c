@@ -979,7 +979,7 @@ static void test_data(void) {
     check(window_start(1, 3, 100003, 10) != window_start(2, 3, 100003, 10), "seeds differ");
 }
 static void test_text(void) {
-    // A small vocabulary in llm.c's format: all bytes, then merges in order of rank.
+    // A small vocabulary in llm.c's format: all bytes, and more.
     static Text text;
     static const char* const merges[] = {" t", "he", " the", "th", "in", "ing", "'s", "  "};
     char path[1100], file[4096];
@@ -994,35 +994,11 @@ static void test_text(void) {
     write_file(path, file, n);
     text_open(&text, path);
     check(text.vocab == 265 && text.end == 264 && text.length[258] == 4, "tokenizer file");
-    static const struct { const char* text; int n, tokens[12];
-    } cases[] = {{"the", 2, {'t', 257}},
-                 {" the", 1, {258}},
-                 {"thing's", 3, {259, 261, 262}},
-                 {"a  the", 3, {'a', ' ', 258}},
-                 {"a   b", 4, {'a', 263, ' ', 'b'}},
-                 {"", 0, {0}},
-                 {"he,he", 3, {257, ',', 257}},
-                 {"1the", 3, {'1', 't', 257}}};
-    for (int i = 0; i < 8; i++) {
-        int tokens[64], n_tokens = text_encode(&text, cases[i].text, tokens), wrong = 0;
-        for (int k = 0; k < min_l(cases[i].n, n_tokens); k++) wrong += tokens[k] != cases[i].tokens[k];
-        check(n_tokens == cases[i].n && wrong == 0, "encoding of '%s': %d tokens", cases[i].text, n_tokens);
-    }
-    const char* words[] = {"it's",  " don't", "don't", "x1",  " x",   "  x",
-                           "\n\nx", "!?a",    " !",    "'ll", "été a"};
-    const int lengths[] = {2, 4, 3, 1, 2, 1, 1, 2, 2, 3, 5};
-    for (int i = 0; i < 11; i++)
-        check(text_word((const uint8_t*)words[i], (int)strlen(words[i])) == lengths[i], "first word of '%s'",
-              words[i]);
-    static char word[901];  // one word, longer than any limit
-    static int of_word[901];
-    for (int i = 0; i < 900; i++) word[i] = "the"[i % 3];
-    check(text_encode(&text, word, of_word) == 600 && of_word[598] == 't' && of_word[599] == 257,
-          "a long word");
-    text_open(&text, NULL);
     int tokens[8];
-    check(text.vocab == 256 && text_encode(&text, "a\xff", tokens) == 2 && tokens[1] == 255,
-          "bytes are tokens");
+    check(text_tokens(&text, "264 0 7", tokens) == 3 && tokens[0] == 264 && tokens[1] == 0 && tokens[2] == 7,
+          "numbers are tokens");
+    text.vocab = BYTES_VOCAB;
+    check(text_tokens(&text, "7\xff", tokens) == 2 && tokens[0] == '7' && tokens[1] == 255, "bytes, too");
 }
 
 // What is printed is UTF-8 without control characters: every character of Unicode passes, nothing else does.
@@ -1055,7 +1031,7 @@ static void test_printing(void) {
     static Text text;
     static const char bytes[] = "a\xC3\xA9\xF0\x9F\x99\x82\x9B\xE2\x82";
     char path[1100], got[64];
-    text_open(&text, NULL);
+    text.vocab = BYTES_VOCAB;
     text_file(path, sizeof path, "printed.txt");
     fflush(stdout);
     int out = dup(STDOUT_FILENO), file = open(path, O_WRONLY | O_CREAT | O_TRUNC, 0666);
@@ -1260,7 +1236,13 @@ static void test_bad_files(void) {
               strspn(sample + 12, " 0123456789\n") == strcspn(sample + 12, "s"),
           "without a table: %s %s", numbers->err, sample);
     check(run_us("--generate %s/ids/ckpt_00000001.safetensors --tokens 3")->status == 0, "%s", result.err);
-    check_fails("--generate %s/ids/ckpt_00000001.safetensors --prompt a", "--prompt wants a table");
+    for (int i = 0; i < 4; i++) {
+        const char* const wrong[] = {"a", "50257", "-1", "'7 '"};
+        const char* flags = form("--generate %%s/ids/ckpt_00000001.safetensors --prompt %s", wrong[i]);
+        check_fails(flags, "--prompt wants numbers of tokens here");
+    }
+    run_us("--generate %s/ids/ckpt_00000001.safetensors --tokens 1 --prompt '50255 0'");
+    check(strstr(result.out, "\n 50255 0 ") != NULL, "a prompt of numbers: %s%s", result.out, result.err);
     shell("mkfifo '%s/fifo'");
     check_fails("--input %s/fifo", "is not a regular file");
     check(run_us("--input %s/random.safetensors --steps 1 " TINY)->status == 0, "any bytes: %s", result.err);
@@ -1292,7 +1274,7 @@ static void test_bad_files(void) {
     snprintf(command, sizeof command,
              "cd '%s' && mkdir -p up/shards && cp good.bin up/shards && cp gpt2_tokenizer.bin up && '%s' %s "
              "-- --input up/shards/good.bin --steps 1 --out run_up " TINY " >/dev/null && cd / && '%s' %s -- "
-             "--generate '%s/run_up/ckpt_00000001.safetensors' --tokens 2 --prompt a >'%s/up.txt'",
+             "--generate '%s/run_up/ckpt_00000001.safetensors' --tokens 2 --prompt 3 >'%s/up.txt'",
              work, self, run_on, self, run_on, work, work);
     check(system(command) == 0, "text from another directory");
     text_file(path, sizeof path, "up.txt");
@@ -1826,7 +1808,7 @@ static void test_window(void) {
     Model m;
     model_layout(&m, &c);
     m.inputs = (int*)floats(6);
-    text_open(&text, NULL);
+    text.vocab = BYTES_VOCAB;
     int out = dup(STDOUT_FILENO), null = open("/dev/null", O_WRONLY);
     fflush(stdout), dup2(null, STDOUT_FILENO);
     generate(&m, &fake, &text, 40);

@@ -1708,19 +1708,10 @@ static void archive_read(Archive* a, const char* path) {
 }
 
 // ---- Text ----------------------------------------------------------------------------------------------
-// A byte is its own token; GPT-2's tokens need llm.c's tokenizer file, which data/tokenize.py writes.
-typedef struct { int vocab, end; const uint8_t* bytes[65536]; int length[65536]; } Text;
-static void text_open(Text* t, const char* path) {  // path NULL: bytes
-    static uint8_t identity[BYTES_VOCAB];
+// A byte is its own token; what GPT-2's spell is in llm.c's tokenizer file, which data/tokenize.py writes.
+typedef struct { int vocab, end; const uint8_t* bytes[65536]; int length[65536]; } Text;  // end: of a text
+static void text_open(Text* t, const char* path) {
     long size, at = 1024;
-    t->vocab = BYTES_VOCAB;
-    t->end = '\n';
-    for (int i = 0; i < BYTES_VOCAB; i++) {
-        identity[i] = (uint8_t)i;
-        t->bytes[i] = identity + i;
-        t->length[i] = 1;
-    }
-    if (!path) return;
     const uint8_t* p = map_file(path, "tokenizer", &size);
     if (size < 1024 || read_u32(p) != TOKENIZER_MAGIC || read_u32(p + 4) != 2 || read_u32(p + 8) > 65536 ||
         read_u32(p + 12) >= read_u32(p + 8))
@@ -1738,51 +1729,26 @@ static void text_open(Text* t, const char* path) {  // path NULL: bytes
 static void text_print(const Text* t, int token) {  // -1 ends the text
     static char held[300];
     static long n;
-    const int end = token < 0 || (t->vocab != BYTES_VOCAB && token == t->end);
-    if (!end && !t->bytes[token]) printf(" %d", token);
-    for (int i = 0; !end && i < t->length[token]; i++) held[n++] = (char)t->bytes[token][i];
+    const int bytes = t->vocab == BYTES_VOCAB, end = token < 0 || (!bytes && token == t->end);
+    if (!end && bytes) held[n++] = (char)token;
+    else if (!end && !t->bytes[token]) printf(" %d", token);
+    for (int i = 0; !end && !bytes && i < t->length[token]; i++) held[n++] = (char)t->bytes[token][i];
     const long done = make_safe(held, n, !end);
     fwrite(held, 1, (size_t)done, stdout);
     memmove(held, held + done, (size_t)(n -= done));
     if (end && token >= 0) fputs("\n---\n", stdout);
 }
-static int text_find(const Text* t, const uint8_t* s, int n) {
-    for (int i = 0; i < t->vocab; i++)
-        if (t->length[i] == n && memcmp(t->bytes[i], s, (size_t)n) == 0) return i;
-    return -1;
-}
-// Length of the first word as GPT-2 cuts text: a suffix like 's; or letters, digits or other signs, with one
-// space before; or white space less the space of the next word. All that is not ASCII counts as letters: at
-// its white space, digits and signs GPT-2 may cut elsewhere, into other tokens that spell the same text.
-static int text_kind(int c) { return c <= ' ' ? 0 : isalpha(c) || c > 127 ? 1 : isdigit(c) ? 2 : 3; }
-static int text_word(const uint8_t* s, int n) {
-    if (n > 1 && *s == '\'' && memchr("stmd", s[1], 4)) return 2;
-    if (n > 2 && (!memcmp(s, "'re", 3) || !memcmp(s, "'ve", 3) || !memcmp(s, "'ll", 3))) return 3;
-    int first = n > 1 && s[0] == ' ' && text_kind(s[1]), kind = text_kind(s[first]), i = first + 1;
-    while (i < n && text_kind(s[i]) == kind) i++;
-    return kind == 0 && i < n && i > 1 ? i - 1 : i;
-}
-// Byte-pair encoding: in a word, merge neighbours whose union has the lowest id. tokens: room for every byte.
-static int text_encode(const Text* t, const char* chars, int* tokens) {
-    const uint8_t* s = (const uint8_t*)chars;
-    int n = (int)strlen(chars), count = 0, *cut = (int*)scratch(SCRATCH_P, 2L * n + 4), *merged = cut + n + 2;
-    for (int word; n > 0; s += word, n -= word) {
-        int parts = word = text_word(s, n), first = 0, last = word;  // of those that are new
-        for (int i = 0; i <= word; i++) cut[i] = i;
-        for (;;) {
-            int at = -1;
-            for (int i = 0; i + 2 <= parts; i++) {  // merged[i]: parts i and i + 1 in one
-                if (first <= i && i <= last) merged[i] = text_find(t, s + cut[i], cut[i + 2] - cut[i]);
-                if (merged[i] >= 0 && (at < 0 || merged[i] < merged[at])) at = i;
-            }
-            if (at < 0) break;
-            memmove(cut + at + 1, cut + at + 2, sizeof(int) * (size_t)(parts - at - 1));
-            memmove(merged + at, merged + at + 1, sizeof(int) * (size_t)(parts - at - 2));
-            parts--, first = at - 1, last = at;
-        }
-        for (int i = 0; i < parts; i++) tokens[count++] = text_find(t, s + cut[i], cut[i + 1] - cut[i]);
+// The tokens of a prompt: its bytes; or, as there is no tokenizer here, GPT-2's as numbers.
+static int text_tokens(const Text* t, const char* s, int* tokens) {  // room for every byte; how many
+    int n = 0;
+    while (*s && t->vocab == BYTES_VOCAB) tokens[n++] = (uint8_t)*s++;
+    for (char* rest; *s; s = rest) {
+        const long token = strtol(s, &rest, 10);
+        if (rest == s || token < 0 || token >= t->vocab)
+            die("--prompt wants numbers of tokens here: `python data/tokenize.py --encode TEXT` prints them");
+        tokens[n++] = (int)token;
     }
-    return count;
+    return n;
 }
 
 // ---- Command line --------------------------------------------------------------------------------------
@@ -1849,7 +1815,7 @@ static const Option OPTIONS[] = {
     {"dump", "", 0, TEXT, NO, AT(dump), 0, 0, "write every tensor of the first step to this file, and stop"},
     {NULL, "", 0, HEADING, NO, 0, 0, 0, "Text"},
     {"generate", "", 0, TEXT, NO, AT(generate), 0, 0, "write text with this checkpoint instead of training"},
-    {"prompt", "", 0, TEXT, NO, AT(prompt), 0, 0, "how the text begins"},
+    {"prompt", "", 0, TEXT, NO, AT(prompt), 0, 0, "how the text begins (numbers of GPT-2's tokens: README)"},
     {"tokens", "256", 0, INT, NO, AT(tokens), 1, 1e9, "to write"},
     {"temperature", "0.8", 0, FLOAT, NO, AT(temperature), 0, 100, "0: always the likeliest token"},
     {"top-k", "0", 0, INT, NO, AT(top_k), 0, 65536, "choose among the k likeliest tokens (0: all)"},
@@ -2237,9 +2203,8 @@ static void generate(Model* m, const Device* device, const Text* text, int count
     const long T = m->c.seq;
     long length = 0, known = 0;  // of the window: its tokens, and those whose keys and values are kept
     int *window = m->inputs, *start = (int*)scratch(SCRATCH_TENSOR, (long)strlen(m->c.prompt) + 1);
-    int n = text_encode(text, m->c.prompt, start);
+    int n = text_tokens(text, m->c.prompt, start);
     if (n == 0) start[n++] = text->end;
-    for (int i = 0; i < n; i++) if (start[i] < 0) die("the tokenizer lacks a byte of --prompt");
     for (int i = 0; i < n; i++) {
         if (*m->c.prompt) text_print(text, start[i]);
         if (i >= n - T) window[length++] = start[i];  // the end of a prompt that is too long
@@ -2467,9 +2432,7 @@ static void table_open(Text* t, Config* c) {
         const char* path = form("%.*s%sgpt2_tokenizer.bin", (int)(slash - c->input + 1), c->input, places[i]);
         if (access(path, R_OK) == 0) c->tokenizer = copied(path);
     }
-    t->vocab = c->vocab, t->end = GPT2_VOCAB - 1;
     if (*c->tokenizer) text_open(t, c->tokenizer);
-    else if (*c->prompt) die("--prompt wants a table: `python data/tokenize.py --out DIR --tokenizer-only`");
     else printf("no gpt2_tokenizer.bin beside the data, so samples are token numbers: "
                 "`python data/tokenize.py --out DIR --tokenizer-only` writes it\n");
     if (t->vocab != c->vocab)
@@ -2520,8 +2483,8 @@ __attribute__((unused)) static int run(int argc, char** argv, const Device* devi
     if (*c.generate) c.batch = 1;
     else splits_open(&c, &training, &validation);
     config_defaults(&c);
-    if (c.vocab == BYTES_VOCAB) text_open(&text, NULL);
-    else table_open(&text, &c);
+    text.vocab = c.vocab, text.end = c.vocab == BYTES_VOCAB ? '\n' : GPT2_VOCAB - 1;
+    if (c.vocab != BYTES_VOCAB) table_open(&text, &c);
     if (*c.dump || *c.generate) c.recompute = 0;  // both want every block's buffers
     model_layout(&m, &c);
     if (!*c.generate) print_header(&m, device, &training, &validation);

@@ -168,6 +168,9 @@ def test_tokenize_results(tmp, vocab):
     done = python(TOKENIZE, "--decode", shard, "--tokens", "2", *vocab)
     check("--decode without a table", done.stdout.endswith("\n<|endoftext|>hell\n"), done)
 
+    out = works("--encode", python(TOKENIZE, "--encode", "hello the\nwe<|endoftext|>", *vocab))
+    numbers = [int(number) for number in out.splitlines()[-1].split()]
+    check("--encode: its numbers", numbers[:6] == expected[1:7] and EOT not in numbers, out)
     works("--tokenizer-only", python(TOKENIZE, "--out", f"{tmp}/only", "--tokenizer-only", *vocab))
     check("the same table", listing(f"{tmp}/only") == ["gpt2_tokenizer.bin"]
           and read(f"{tmp}/only/gpt2_tokenizer.bin") == data)

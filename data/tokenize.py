@@ -4,6 +4,7 @@ Turns text into the two kinds of files the trainer reads: shards of GPT-2 tokens
     python data/tokenize.py data/tinyshakespeare.txt --out data/tinyshakespeare
     python data/tokenize.py wiki.jsonl books.txt --out data/mix --name mix --val-fraction 0.01
     python data/tokenize.py --decode data/tinyshakespeare/tinyshakespeare_val_000000.bin --tokens 100
+    python data/tokenize.py --encode "Once upon a time"                  # numbers, for the trainer's --prompt
     python data/tokenize.py --out data/fineweb10B --tokenizer-only
 
 A .jsonl file holds one document a line, {"text": "..."}; any other file is one document of UTF-8 text. The
@@ -311,6 +312,7 @@ def main():
     p.add_argument("--encoder", metavar="encoder.json", help="OpenAI's token ids, goes with --vocab")
     p.add_argument("--tokenizer-only", action="store_true", help="write only DIR/gpt2_tokenizer.bin")
     p.add_argument("--decode", metavar="SHARD", help="print the text of a shard's first tokens, and stop")
+    p.add_argument("--encode", metavar="TEXT", help="print the numbers of a text's tokens, and stop")
     p.add_argument("--tokens", type=int, default=200, metavar="N",
                    help="how many, for --decode (default %(default)s)")
     p.add_argument("--piece-bytes", type=int, default=1 << 20, help=argparse.SUPPRESS)  # for the tests
@@ -322,6 +324,9 @@ def main():
         if args.files or args.tokens < 1:
             die("--decode takes one shard, no other files, and --tokens of at least 1")
         return decode(args)
+    if args.encode is not None:
+        print(*load_encoding(args.vocab, args.encoder).encode_ordinary(args.encode))
+        return
     if not args.out:
         die("no --out: name the folder for the results")
     if bool(args.files) == args.tokenizer_only:
