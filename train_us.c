@@ -2421,16 +2421,12 @@ static void splits_open(Config* c, Split* train, Split* val) {
             "use more text or a smaller --seq", train->count, val->count, c->seq);
 }
 
-static const char* absolute(const char* path) {  // so that a checkpoint's data is found from any directory
-    char here[4096];
-    if (!*path || *path == '/' || !getcwd(here, sizeof here) || strpbrk(here, "*?[\\")) return path;
-    return copied(form("%s/%s", here, path));
-}
 // Opens --tokenizer or gpt2_tokenizer.bin beside the shards or one folder up; without one tokens are numbers.
 static void table_open(Text* t, Config* c) {
     const char *slash = strrchr(c->input, '/'), *const places[] = {"", "../"};
-    for (int i = 0; i < 2 && !*c->tokenizer && slash; i++) {
-        const char* path = form("%.*s%sgpt2_tokenizer.bin", (int)(slash - c->input + 1), c->input, places[i]);
+    const int folder = slash ? (int)(slash - c->input + 1) : 0;
+    for (int i = 0; i < 2 && !*c->tokenizer; i++) {
+        const char* path = form("%.*s%sgpt2_tokenizer.bin", folder, c->input, places[i]);
         if (access(path, R_OK) == 0) c->tokenizer = copied(path);
     }
     if (*c->tokenizer) text_open(t, c->tokenizer);
@@ -2479,7 +2475,6 @@ __attribute__((unused)) static int run(int argc, char** argv, const Device* devi
             return 0;
         }
     }
-    c.input = absolute(c.input), c.val = absolute(c.val), c.tokenizer = absolute(c.tokenizer);
     if (!loaded && c.warmup >= c.steps) c.warmup = c.steps / 10;  // as the header says
     if (*c.generate) c.batch = 1;
     else splits_open(&c, &training, &validation);
