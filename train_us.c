@@ -1492,10 +1492,9 @@ static uint32_t read_u32(const uint8_t* p) { uint32_t u; memcpy(&u, p, 4); retur
 typedef struct { const uint8_t* p; long count; const char* path; } Shard;
 typedef struct { Shard* shards; int num_shards, bytes_per_token; long count; } Tokens;
 struct Split { const Tokens* tokens; long start, count; };  // a range of them
-static const char* volatile being_read = "a file";
 static void on_bus_error(int number) {  // what reads behind the cut of a mapped file gets this signal
     signal(number, SIG_DFL);
-    die("%s was cut off while it was read", being_read);
+    die("a file was cut off while it was read (--input, --val or a checkpoint)");
 }
 
 static void tokens_open(Tokens* t, const char* pattern) {  // a text, a .bin shard, or all that a glob names
@@ -1540,7 +1539,6 @@ static void tokens_read(const Split* s, long start, long T, int* inputs, int* ta
     for (long i = 0; i <= T; i++, at++) {
         while (at >= shard->count) at -= shard++->count;
         const uint8_t* p = shard->p + at * s->tokens->bytes_per_token;
-        being_read = shard->path;
         int token = s->tokens->bytes_per_token == 1 ? *p : p[0] | p[1] << 8;
         if (token >= GPT2_VOCAB)
             die("%s holds token %d at %ld: GPT-2's end at 50256", shard->path, token, at);
