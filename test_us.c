@@ -1269,22 +1269,22 @@ static void test_bad_files(void) {
     check_fails("--input %s/alien.bin --val %s/good.bin --steps 30 --out %s/bad " TINY, "holds token 50257");
     check(strstr(result.out, "saved ") != NULL, "what was learned before it is saved: %s", result.out);
     check(run_us("--input %s/good.bin --steps 2 " TINY)->status == 0, "a good shard: %s", result.err);
-    // The table one folder up; from another directory it has to be named.
+    // The table beside the shards; from another directory it has to be named.
     char command[16384];
     snprintf(command, sizeof command,
-             "cd '%s' && mkdir -p up/shards && cp good.bin up/shards && cp gpt2_tokenizer.bin up && '%s' %s "
-             "-- --input up/shards/good.bin --steps 1 --out run_up " TINY " >/dev/null && '%s' %s -- "
+             "cd '%s' && mkdir -p up && cp good.bin gpt2_tokenizer.bin up && '%s' %s "
+             "-- --input up/good.bin --steps 1 --out run_up " TINY " >/dev/null && '%s' %s -- "
              "--generate '%s/run_up/ckpt_00000001.safetensors' --tokens 2 --prompt 3 >'%s/up.txt'",
              work, self, run_on, self, run_on, work, work);
-    check(system(command) == 0, "text with a table one folder up");
+    check(system(command) == 0, "text with a table beside the data");
     text_file(path, sizeof path, "up.txt");
     read_text(path, result.out, sizeof result.out);
-    check(strcmp(result.out, "aaa\n") == 0, "with the table one folder up: %s", result.out);
+    check(strcmp(result.out, "aaa\n") == 0, "with the table beside the data: %s", result.out);
     snprintf(command, sizeof command, "cd '%s' && '%s' %s -- --input good.bin --steps 1 " TINY ">beside.txt "
              "&& ! grep -q 'no gpt2_tokenizer' beside.txt", work, self, run_on);
     check(system(command) == 0, "with the table beside a file of this folder");
     const char* elsewhere = "--generate %s/run_up/ckpt_00000001.safetensors --tokens 2 --prompt 3";
-    check_fails(elsewhere, "cannot open tokenizer up/shards/../gpt2_tokenizer.bin");
+    check_fails(elsewhere, "cannot open tokenizer up/gpt2_tokenizer.bin");
     check(strcmp(run_us(form("%s --tokenizer %%s/gpt2_tokenizer.bin", elsewhere))->out, "aaa\n") == 0, "%s",
           result.err);
     check_fails("--input train_us.c --out %s/short.txt/x", "cannot open --out");

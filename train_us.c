@@ -1768,7 +1768,7 @@ static const Option OPTIONS[] = {
     {NULL, "", 0, HEADING, NO, 0, 0, 0, "Data"},
     {"input", "", 0, TEXT, KEPT, AT(input), 0, 0, "a text file, read as bytes; or token shards: 'GLOB'"},
     {"val", "", 0, TEXT, KEPT, AT(val), 0, 0, "the same, to validate on (default: the last 10 % of --input)"},
-    {"tokenizer", "", 0, TEXT, KEPT, AT(tokenizer), 0, 0, "default: gpt2_tokenizer.bin near the shards"},
+    {"tokenizer", "", 0, TEXT, KEPT, AT(tokenizer), 0, 0, "default: gpt2_tokenizer.bin beside the shards"},
     {NULL, "", 0, HEADING, NO, 0, 0, 0, "Model"},
     {"scheme", "us", "us|sp|mup|umup|us-pre|us-mean", INT, FIXED, AT(scheme), 0, 0, "us is µS"},
     {"layers", "4", 0, INT, FIXED, AT(layers), 1, 1000, "blocks"},
@@ -2419,14 +2419,11 @@ static void splits_open(Config* c, Split* train, Split* val) {
             "use more text or a smaller --seq", train->count, val->count, c->seq);
 }
 
-// Opens --tokenizer or gpt2_tokenizer.bin beside the shards or one folder up; without one tokens are numbers.
+// Opens --tokenizer, or gpt2_tokenizer.bin beside the shards; without one tokens are numbers.
 static void table_open(Text* t, Config* c) {
-    const char *slash = strrchr(c->input, '/'), *const places[] = {"", "../"};
-    const int folder = slash ? (int)(slash - c->input + 1) : 0;
-    for (int i = 0; i < 2 && !*c->tokenizer; i++) {
-        const char* path = form("%.*s%sgpt2_tokenizer.bin", folder, c->input, places[i]);
-        if (access(path, R_OK) == 0) c->tokenizer = copied(path);
-    }
+    const char* slash = strrchr(c->input, '/');
+    const char* beside = form("%.*sgpt2_tokenizer.bin", slash ? (int)(slash - c->input + 1) : 0, c->input);
+    if (!*c->tokenizer && access(beside, R_OK) == 0) c->tokenizer = copied(beside);
     if (*c->tokenizer) text_open(t, c->tokenizer);
     else printf("no gpt2_tokenizer.bin beside the data, so samples are token numbers: "
                 "`python data/tokenize.py --out DIR --tokenizer-only` writes it\n");
