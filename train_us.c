@@ -2169,12 +2169,12 @@ static void dump(Model* m, const Device* device, const Split* train) {  // every
 
 // ---- Signals -------------------------------------------------------------------------------------------
 // A signal lets the step end, and the run is saved. `timeout`, terminals and shutdowns send several; only a
-// second Ctrl-C, a second later, ends the program at once, and not while it saves.
-static volatile sig_atomic_t stop_signal, saving;
+// second Ctrl-C, a second later, ends the program at once (a checkpoint is whole or not there).
+static volatile sig_atomic_t stop_signal;
 static double stopped_at;
 static void on_signal(int sig) {
     if (!stop_signal) stop_signal = sig, stopped_at = seconds();
-    else if (sig == SIGINT && !saving && seconds() - stopped_at > 1) signal(sig, SIG_DFL), raise(sig);
+    else if (sig == SIGINT && seconds() - stopped_at > 1) signal(sig, SIG_DFL), raise(sig);
 }
 
 // ---- Writing text --------------------------------------------------------------------------------------
@@ -2317,14 +2317,12 @@ static struct { Model* m; const Device* device; long first, sequence, saved; dou
 static double save_seconds = 600;  // what a run may lose by a power cut
 static int save(void) {
     Model* m = current.m;
-    saving = 1;
     current.device->fetch(m);
     const int error = checkpoint_save(m, current.device);
     if (error) fprintf(stderr, "%s: cannot write %s: %s (what was written before is untouched)\n", program,
                        shown(checkpoint_path(m->c.out, m->step)), strerror(error));
     else current.saved = m->step, checkpoints_trim(&m->c, current.first, m->step);
     current.saved_at = seconds();
-    saving = 0;
     return !error;
 }
 static void save_at_end(void) {
