@@ -1528,7 +1528,7 @@ static uint64_t tokens_hash(const Tokens* t) {  // which data this is: each file
         h = mix64(h + (uint64_t)size + 1);
         for (long k = 0; k < min_l(size, 1 << 20); k++) h = (h ^ t->shards[i].p[k]) * 0x100000001B3ull;
     }
-    return h;
+    return h >> 11;  // a double holds it
 }
 static int tokens_vocab(const Tokens* t) { return t->bytes_per_token == 1 ? BYTES_VOCAB : GPT2_VOCAB; }
 
@@ -1985,14 +1985,13 @@ static void model_init(Model* m, const Device* device) {  // as it begins, once 
 
 // ---- Checkpoints ---------------------------------------------------------------------------------------
 static void archive_config(Archive* a, const Model* m) {
-    const char* const keys[] = {"vocab", "step", "sequence", "grad_scale"};
-    const double numbers[] = {(double)m->c.vocab, (double)m->step, (double)m->sequence, m->grad_scale};
+    const char* const keys[] = {"vocab", "step", "sequence", "grad_scale", "data", "val_data"};
+    const double numbers[] = {(double)m->c.vocab, (double)m->step, (double)m->sequence, m->grad_scale,
+                              (double)m->c.data, (double)m->c.val_data};
     memset(a, 0, sizeof *a);
     for (const Option* o = OPTIONS; o < OPTIONS_END; o++)
         if (o->stored) archive_meta(a, o->name, shown(option_get(&m->c, o)));  // as JSON wants it
-    for (int i = 0; i < 4; i++) archive_meta(a, keys[i], form("%.17g", numbers[i]));
-    archive_meta(a, "data", form("%016llx", (unsigned long long)m->c.data));
-    archive_meta(a, "val_data", form("%016llx", (unsigned long long)m->c.val_data));
+    for (int i = 0; i < 6; i++) archive_meta(a, keys[i], form("%.17g", numbers[i]));
 }
 static void archive_tensors(Archive* a, const Model* m, const char* prefix, const float* data) {
     for (const Tensor* t = m->tensors; t < m->tensors + m->num_tensors; t++) {
@@ -2061,9 +2060,9 @@ static int checkpoint_save(Model* m, const Device* device) {
 
 static long checkpoint_number(const Archive* a, const char* key, double high) {
     const char* value = archive_get(a, key);
-    char* end = NULL;
-    double x = value ? strtod(value, &end) : -1;
-    if (end == value || *end || !(x >= 0 && x <= high))
+    double x;
+    char rest;
+    if (!value || sscanf(value, "%lf%c", &x, &rest) != 1 || !(x >= 0 && x <= high))
         die("%s has no good %s in its metadata", a->path, key);
     return (long)x;
 }
@@ -2432,7 +2431,7 @@ static void resumed(const Config* c, const Archive* a) {  // is it the same data
     const char* const keys[] = {"data", "val_data"};
     const uint64_t now[] = {c->data, c->val_data};
     for (int i = 0; i < 2 && !c->new_data; i++)
-        if (archive_get(a, keys[i]) && strtoull(archive_get(a, keys[i]), NULL, 16) != now[i])
+        if ((uint64_t)checkpoint_number(a, keys[i], 0x1p53) != now[i])
             die("--%s is not the data that %s was trained on: size or content differ; --new-data goes on",
                 i ? "val" : "input", a->path);
     printf("resumed from %s\n", shown(a->path));
