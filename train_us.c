@@ -1575,11 +1575,12 @@ static void next_batch(Model* m, const Split* train) {
 // An Archive is what such a file holds: tensors, begin to end behind the header; metadata, names and values.
 typedef struct { char *name, *value, *dtype; int dims; long shape[4], begin, end; const void* data; } Entry;
 typedef struct { Entry *entries, *meta; int num_entries, num_meta; char *path, *text, *next; } Archive;
-static Entry* archive_entry(Entry** list, int* n, const char* name) {  // one more
+static Entry* archive_entry(Entry** list, int* n, const char* name) {  // one more, where the last one ends
     Entry* longer = (Entry*)realloc(*list, sizeof(Entry) * (size_t)(*n + 1));
     if (!longer) die("out of memory");
     *list = longer;
     Entry* e = (Entry*)memset(&longer[(*n)++], 0, sizeof(Entry));
+    if (*n > 1) e->begin = e->end = e[-1].end;
     e->name = copied(name);
     return e;
 }
@@ -1589,17 +1590,14 @@ static void archive_free(Archive* a) {
     free(a->entries), free(a->meta), free(a->text), free(a->path);
     memset(a, 0, sizeof *a);
 }
-static long archive_end(const Archive* a) { return a->num_entries ? a->entries[a->num_entries - 1].end : 0; }
 static void archive_add(Archive* a, const char* name, const char* dtype, const void* data, long d0, long d1,
                         long d2) {
-    const long begin = archive_end(a);
     Entry* e = archive_entry(&a->entries, &a->num_entries, name);
     e->dtype = (char*)dtype;
     e->data = data;
     e->dims = d2 ? 3 : d1 ? 2 : 1;  // those that are 0 are left out
     e->shape[0] = d0, e->shape[1] = d1, e->shape[2] = d2;
-    e->begin = begin;
-    e->end = begin + 4 * d0 * (d1 ? d1 : 1) * (d2 ? d2 : 1);
+    e->end += 4 * d0 * (d1 ? d1 : 1) * (d2 ? d2 : 1);
 }
 static void archive_meta(Archive* a, const char* key, const char* value) {
     archive_entry(&a->meta, &a->num_meta, key)->value = copied(value);
@@ -1660,7 +1658,6 @@ static long json_count(Archive* a) {
     return strtol(a->next, &a->next, 10);
 }
 static void json_tensor(Archive* a, const char* name, const uint8_t* data, long size) {
-    const long at = archive_end(a);
     for (int i = 0; i < a->num_entries; i++)
         if (strcmp(a->entries[i].name, name) == 0) json_die(a, "a tensor's name is there twice");
     Entry* e = archive_entry(&a->entries, &a->num_entries, name);
@@ -1676,9 +1673,9 @@ static void json_tensor(Archive* a, const char* name, const uint8_t* data, long 
         bytes *= (double)(e->shape[e->dims++] = json_count(a));
     }
     json_expect(a, ","), json_expect(a, "\"data_offsets\""), json_expect(a, ":"), json_expect(a, "[");
-    e->begin = json_count(a), json_expect(a, ",");
+    if (json_count(a) != e->begin) json_die(a, "its tensors overlap, leave gaps or are not in order");
+    json_expect(a, ",");
     e->end = json_count(a), json_expect(a, "]"), json_expect(a, "}");
-    if (e->begin != at) json_die(a, "its tensors overlap, leave gaps or are not in order");
     if (e->end > size) json_die(a, "a tensor lies outside the file (is it cut off?)");
     if ((double)(e->end - e->begin) != bytes) json_die(a, "a tensor's offsets do not fit its shape");
     e->data = data + e->begin;
@@ -1703,7 +1700,8 @@ static void archive_read(Archive* a, const char* path) {
         }
     json_space(a);
     if (a->next != a->text + length) json_die(a, "there is something behind its header's end");
-    if (size != archive_end(a)) json_die(a, "its length does not fit its tensors");
+    if (size != (a->num_entries ? a->entries[a->num_entries - 1].end : 0))
+        json_die(a, "its length does not fit its tensors");
 }
 
 // ---- Text ----------------------------------------------------------------------------------------------
