@@ -2459,9 +2459,8 @@ __attribute__((unused)) static int run(int argc, char** argv, const Device* devi
         c.vocab = (int)checkpoint_number(&checkpoint, "vocab", 65536);
         if (c.vocab != BYTES_VOCAB && c.vocab != GPT2_VOCAB)
             die("%s was not trained on the kind of tokens known here: it has %d", checkpoint.path, c.vocab);
-        if (!*c.generate && checkpoint_number(&checkpoint, "step", 1e15) >= c.steps) {
-            printf("nothing to do: %s is the end of %d steps; a larger --steps goes on\n",
-                   shown(checkpoint.path), c.steps);
+        if (newest >= c.steps) {
+            printf("nothing to do: %s is there; a larger --steps goes on\n", shown(checkpoint.path));
             return 0;
         }
     }
