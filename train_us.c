@@ -1134,7 +1134,7 @@ static void wait_briefly(char** argv) {
     char self[PATH_MAX];
     const char* preload = getenv("LD_PRELOAD");
     if (max_threads() == 1 || getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY")) return;
-    if (getenv("OMP_PROC_BIND")) return;  // this thread is bound to one core already, and all after it would be
+    if (getenv("OMP_PROC_BIND")) return;  // this thread is bound to one core, and its threads would be, too
     if (preload && strstr(preload, "vgpreload")) return;  // valgrind would be left behind
     if (!realpath("/proc/self/exe", self) || strstr(self, "/ld-")) return;  // ld.so, given this program
     setenv("GOMP_SPINCOUNT", "2000", 1);
