@@ -176,6 +176,8 @@ mutants: test_us out/emu.o
 sanitize:
 	$(CC) -std=gnu11 -O2 $(NATIVE) $(FLOATS) $(WARN) $(OMP) $(CHECK) test_us.c -o test_us_sanitized -lm
 	./test_us_sanitized $(SANITIZED)
+	$(CC) -std=gnu11 -O2 $(NATIVE) $(FLOATS) $(WARN) $(OMP) $(CHECK) -include dev/cpu/amx_model.h test_us.c -o test_us_sanitized -lm
+	./test_us_sanitized matmul gradients
 sanitize_emu: test_us_emu_asan test_us_emu_race
 	OMP_NUM_THREADS=1 ./test_us_emu_asan step_by_step next not_finite oracle
 	./test_us_emu_race next not_finite
