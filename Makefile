@@ -161,8 +161,18 @@ out/self.txt: | train_us.c test_us.c README.md Makefile dev/reference.py
 train: train_us out/self.txt
 	./train_us --input out/self.txt --out out/train --stats-every 1500 --resume
 
-bench: bench_us
+# Then the same shapes in turns with PyTorch, where PYTHON has it, and with llm.c, where LLMC is a checkout of it.
+PYTHON ?= python3
+bench: bench_us $(if $(LLMC),out/bench_llmc)
 	./bench_us
+	@if command -v $(PYTHON) >/dev/null; then $(PYTHON) dev/bench_torch.py $(if $(LLMC),--llmc out/bench_llmc); \
+	else echo '$(PYTHON) is not there: `make bench PYTHON=` one with PyTorch compares with it'; fi
+
+# By make's own rule for a program, but in llm.c's folder and with its Makefile's flags.
+out/bench_llmc: dev/bench_llmc.c FORCE
+	@mkdir -p out
+	cp $< $@.c
+	MAKEFLAGS= $(MAKE) -s -C $(LLMC) CC='$(CC)' CPPFLAGS=-I. $(CURDIR)/$@ >/dev/null
 
 # Needs the text of data/tinyshakespeare.sh, and matplotlib for the pictures. What is done already is not done again.
 paper: train_us

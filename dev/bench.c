@@ -1,9 +1,13 @@
 /*
-bench.c: how fast the CPU trainer is, and where its time goes. `make bench`, or ./bench_us SECONDS.
+bench.c: how fast the CPU trainer is, and where its time goes. `make bench`, or
+  ./bench_us SECONDS                          all of it, with SECONDS for each shape (20)
+  ./bench_us --one SHAPE PRECISION SECONDS    tokens/s of one case: for bench_torch.py, which takes turns
 
-Two shapes: a small byte model, and GPT-2 124M at a short context. For each, in FP32 and in FP8, whole
+Two shapes: a small byte model, and GPT-2 124M at a short context. For each, in FP32, BF16 and FP8, whole
 optimizer steps (forward, backward, update) are run in turn, and the fastest of each is printed: on a machine
 that does other things too, that is the one disturbed least. FLOPs per token = 6 (12 L C^2 + Vp C) + 6 L C T.
+In the same turns two peaks are measured that no step can pass: of multiply-adds that touch no memory, and
+where the machine multiplies pairs of BF16 values, of matmul's tile on panels that stay in the L1 cache.
 Last, the mean step of the default model beside 0, 1, 2 and 4 busy processes a core, which this program starts
 and ends: it should take at most 2 (1 + busy / cores) times as long as alone.
 */
@@ -38,8 +42,17 @@ static void charge(Model* m, int l, int kind, long n) {
     written = kind;
 }
 
-// A model for c with random tokens.
-static void model_open(Model* m, const Config* c) {
+// A model of a shape like "L4 H4 C256 T256 B4 V256": blocks, heads, width, positions, sequences, vocabulary.
+static Config config_of(const char* shape, const char* precision) {
+    char name[] = "bench_us", flag[] = "--precision", *args[] = {name, flag, copied(precision)};
+    Config c;
+    config_parse(&c, 3, args, NULL);
+    if (sscanf(shape, "L%d H%d C%d T%d B%d V%d", &c.layers, &c.heads, &c.width, &c.seq, &c.batch,
+               &c.vocab) != 6) die("\"%s\" is no shape", shape);
+    config_defaults(&c);
+    return c;
+}
+static void model_open(Model* m, const Config* c) {  // with random tokens
     model_layout(m, c);
     model_alloc_params(m, 1);
     model_alloc_buffers(m);
@@ -62,6 +75,89 @@ static double step(Model* m) {
     model_update(m, 1e-3);
     lap(UPDATE);
     return seconds() - t;
+}
+
+// ---- The machine's peaks -------------------------------------------------------------------------------
+static volatile float sink;  // what is stored here has to be computed
+static void multiply_add(void) {  // 2^17 times all of a tile's sums, in registers
+    Vec c[MR][NV];
+    for (int i = 0; i < MR * NR; i++) ((float*)c)[i] = (float)i;
+    for (long k = 0; k < 1 << 17; k++)
+        for (int i = 0; i < MR; i++)
+            for (int j = 0; j < NV; j++) c[i][j] = c[i][j] * 0.5f + 0.5f;
+    for (int i = 0; i < MR * NR; i++) sink = ((float*)c)[i];
+}
+enum { WORDS = 128 };  // a panel of a and one of b of them stay in L1
+static void multiply_pairs(void) {  // 2^10 tiles
+    static const float a[PAIR_ROWS * (WORDS + W)] __attribute__((aligned(64))) = {0};
+    static const float b[WORDS * NR] __attribute__((aligned(64))) = {0};
+    float sums[PAIR_ROWS * NR] __attribute__((aligned(64)));
+    for (long k = 0; k < 1 << 10 && multiplies_pairs(); k++) tile_pairs(sums, a, b, WORDS), sink = sums[0];
+}
+// GFLOP/s of work(), done by every thread at once.
+static double rate_of(void (*work)(void), double flops) {
+    const double t = seconds();
+    #pragma omp parallel
+    work();
+    return max_threads() * flops / (seconds() - t) * 1e-9;
+}
+
+// ---- The tables ----------------------------------------------------------------------------------------
+enum { MODES = sizeof PRECISIONS / sizeof *PRECISIONS };
+static void print_peak(double peak, double fma, const char* what) {
+    printf("  %-26s %12s %12.1f %11.1f%% %s\n", "peak", "", peak, 100 * peak / fma, what);
+}
+static void speed(const char* shape, double budget) {
+    Model m[MODES];  // one model: on the first one's arrays, laid out for each precision
+    double best[MODES], laps[MODES][LAPS], fma = 0, pairs = 0;
+    for (int k = 0; k < MODES; k++) {
+        const Config c = config_of(shape, PRECISIONS[k].name);
+        best[k] = 1e30;
+        if (k == 0) model_open(&m[0], &c);
+        else {
+            Model same = m[0];
+            model_layout(&m[k], &c);
+            same.tensors = m[k].tensors, same.precision = m[k].precision, m[k] = same;
+        }
+    }
+    const double L = m[0].c.layers, C = m[0].c.width, start = seconds();
+    const double flops = 6 * (12 * L * C * C + (double)m[0].vp * C) + 6 * L * C * m[0].c.seq;
+    for (int round = 0; round < 2 || seconds() - start < budget; round++) {
+        fma = fmax(fma, rate_of(multiply_add, 2.0 * MR * NR * (1 << 17)));
+        pairs = fmax(pairs, rate_of(multiply_pairs, 4.0 * PAIR_ROWS * NR * WORDS * 1024));
+        for (int k = 0; k < MODES; k++) {
+            const double t = step(&m[k]);
+            if (t < best[k]) best[k] = t, memcpy(laps[k], lap_spent, sizeof lap_spent);
+        }
+    }
+    printf("\n%-28s %12s %12s %12s %12s %10s\n", shape, "tokens/s", "GFLOP/s", "of FMA peak", "ms/step",
+           "fp32 is 1");
+    for (int k = 0; k < MODES; k++) {
+        const double rate = (double)m[k].rows / best[k], gflops = rate * flops * 1e-9;
+        printf("  %-26s %12.1f %12.1f %11.1f%% %12.1f %10.2f\n", PRECISIONS[k].name, rate, gflops,
+               100 * gflops / fma, best[k] * 1e3, best[0] / best[k]);
+    }
+    print_peak(fma, fma, "FMA, registers alone");
+    if (multiplies_pairs()) print_peak(pairs, fma, form("%s, from L1", PAIRS_BY));
+    printf("  %-26s", "share of a step");
+    for (int k = 0; k < MODES; k++) printf(" %12s", PRECISIONS[k].name);
+    for (int i = 0; i < LAPS; i++) {
+        printf("\n  %26s", LAP_NAMES[i]);
+        for (int k = 0; k < MODES; k++) printf(" %11.1f%%", 100 * laps[k][i] / best[k]);
+    }
+    printf("\n");
+    fflush(stdout);
+    for (int k = 1; k < MODES; k++) free(m[k].tensors);
+    model_free(&m[0]);
+}
+static double tokens_per_second(const char* shape, const char* precision, double budget) {
+    const Config c = config_of(shape, precision);
+    double best = 1e30;
+    Model m;
+    model_open(&m, &c);
+    const double start = seconds();
+    for (int n = 0; n < 2 || seconds() - start < budget; n++) best = fmin(best, step(&m));
+    return (double)m.rows / best;
 }
 
 static void beside_busy_processes(Config c, double budget) {
@@ -94,46 +190,16 @@ static void beside_busy_processes(Config c, double budget) {
 }
 
 int main(int argc, char** argv) {
-    static const struct { const char* name; int layers, heads, width, seq, vocab;
-    } shapes[] = {{"L4 H4 C256 T256 B4 V256", 4, 4, 256, 256, BYTES_VOCAB},
-                  {"L12 H12 C768 T64 B4 V50257", 12, 12, 768, 64, GPT2_VOCAB}};
-    const double budget = argc > 1 ? atof(argv[1]) : 20;
+    const double budget = argc > 1 ? atof(argv[argc - 1]) : 20;
     wait_briefly(argv);
-    printf("%d threads, %d float lanes, tile %d x %d\n", max_threads(), LANES, MR, NR);
-    for (int s = 0; s < 2; s++) {
-        Model m[2];
-        double best[2] = {1e30, 1e30}, laps[2][LAPS], start = seconds(), flops = 0;
-        for (int k = 0; k < 2; k++) {
-            char* none[] = {argv[0]};
-            Config c;
-            config_parse(&c, 1, none, NULL);
-            c.layers = shapes[s].layers, c.heads = shapes[s].heads, c.width = shapes[s].width,
-            c.seq = shapes[s].seq;
-            c.vocab = shapes[s].vocab, c.batch = 4, c.precision = k ? 2 : 0;
-            config_defaults(&c);
-            model_open(&m[k], &c);
-            const double L = c.layers, C = c.width;
-            flops = 6 * (12 * L * C * C + (double)m[k].vp * C) + 6 * L * C * c.seq;
-        }
-        for (int round = 0; round < 2 || seconds() - start < budget; round++)
-            for (int k = 0; k < 2; k++) {
-                const double t = step(&m[k]);
-                if (t < best[k]) best[k] = t, memcpy(laps[k], lap_spent, sizeof lap_spent);
-            }
-        printf("\n%-28s %12s %12s %12s\n", shapes[s].name, "tokens/s", "GFLOP/s", "ms/step");
-        for (int k = 0; k < 2; k++) {
-            double rate = (double)m[k].rows / best[k];
-            printf("  %-26s %12.1f %12.1f %12.1f\n", k ? "fp8" : "fp32", rate, rate * flops * 1e-9,
-                   best[k] * 1e3);
-        }
-        printf("  fp8 costs %.1f %% over fp32. Share of a step:   fp32    fp8\n",
-               100 * (best[1] / best[0] - 1));
-        for (int i = 0; i < LAPS; i++)
-            printf("  %44s %7.1f%% %5.1f%%\n", LAP_NAMES[i], 100 * laps[0][i] / best[0],
-                   100 * laps[1][i] / best[1]);
-        fflush(stdout);
-        model_free(&m[0]), model_free(&m[1]);
+    if (argc == 5 && strcmp(argv[1], "--one") == 0) {
+        printf("%.1f\n", tokens_per_second(argv[2], argv[3], budget));
+        return 0;
     }
+    if (argc > 2 || budget <= 0) die("./bench_us SECONDS, or ./bench_us --one SHAPE PRECISION SECONDS");
+    printf("%d threads, %d float lanes, tile %d x %d\n", max_threads(), LANES, MR, NR);
+    speed("L4 H4 C256 T256 B4 V256", budget);
+    speed("L12 H12 C768 T64 B4 V50257", budget);
     Config c;
     config_parse(&c, 1, argv, NULL);
     c.vocab = BYTES_VOCAB;

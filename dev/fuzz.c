@@ -215,7 +215,7 @@ int LLVMFuzzerInitialize(int* argc, char*** argv) {
         FILE* f = fopen("", "");
         for (const Option* o = OPTIONS; o < OPTIONS_END && reader == SETTINGS; o++)
             fprintf(f, "%c%s\n", (int)(o - OPTIONS + 2 * (OPTIONS_END - OPTIONS)), o->value);
-        if (reader == SETTINGS) fputs("--resume\n--width=64\n--lr=0.1", f);
+        if (reader == SETTINGS) fputs("--resume\n--width\n64\n--lr\n0.1", f);
         else fwrite(heads[reader - SHARDS], 16, 1, f), fprintf(f, "%-1008s%s", "6 0 5", table);
         fclose(f);
     }
