@@ -46,6 +46,9 @@ test_us: test_us.c train_us.c .flags
 test_us_amx: test_us.c train_us.c dev/cpu/amx_model.h .flags
 	$(BUILD) -include dev/cpu/amx_model.h test_us.c -o $@ -lm
 
+dev/cpu/matmul: dev/cpu/matmul.c train_us.c .flags
+	$(BUILD) $< -o $@ -lm
+
 bench_us: dev/bench.c train_us.c .flags
 	$(BUILD) dev/bench.c -o $@ -lm
 
@@ -204,7 +207,7 @@ fuzz: fuzz_us
 clean:
 	rm -rf train_us fuzz_us train_us_emu train_us_cuda test_us test_us_amx test_us_sanitized test_us_emu test_us_emu_asan \
 	  test_us_emu_race test_us_cuda test_us_plain bench_us bench_gpu probe_gpu out .flags .flags_cuda .flags_emu \
-	  $(basename $(wildcard dev/cuda/*.cu))
+	  dev/cpu/matmul $(basename $(wildcard dev/cuda/*.cu))
 
 .PHONY: all test test_emu train bench paper mutants fuzz sanitize sanitize_emu gpu gpu_probe gpu_test gpu_bench bench_gpu_emu probe_gpu_emu clean FORCE
 .SECONDARY:

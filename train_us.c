@@ -1240,11 +1240,10 @@ __attribute__((noinline)) static void tile_pairs(float* sums, const float* a, co
     memcpy(sums, c, sizeof c);
 }
 #else
-static const char* const PAIRS_BY = NULL;
+static const char* const PAIRS_BY = "";
 static int multiplies_pairs(void) { return 0; }
 static void tile_pairs(float* sums, const float* a, const float* b, long words) { tile(sums, a, b, words); }
 #endif
-
 static inline float pair_of(float low, float high) {
     return bits_float(float_bits(low) >> 16 | (float_bits(high) & 0xFFFF0000u));
 }
@@ -1316,7 +1315,6 @@ static inline void store(float* out, long ld, float* sums, float alpha, long row
         }
     }
 }
-
 // Rows m0 .. m1-1 and columns n0 .. n1-1 of out.
 static void matmul_block(float* out, long ld, const Operand* a, const Operand* b, long m0, long m1, long n0,
                          long n1, long K, float alpha, int accumulate, Format format, int pairs, int around) {
@@ -1621,7 +1619,7 @@ static const void* archive_find(const Archive* a, const char* name, long rows, l
 
 // A reader of the JSON that archive_write and the safetensors library write, and no more. It trusts nothing.
 __attribute__((noreturn)) static void json_die(const Archive* a, const char* what) {
-    die("%s is not a good safetensors file: %s", a->path, what);
+    die("%s is not a good safetensors file: %s. Without it --resume takes the one before", a->path, what);
 }
 static void json_space(Archive* a) { a->next += strspn(a->next, " \n\r\t"); }
 static int json_accept(Archive* a, const char* token) {
@@ -1889,7 +1887,7 @@ static void config_parse(Config* c, int argc, char** argv, const Archive* checkp
     for (int i = 1; i < argc; i++) {
         const Option* o = OPTIONS;
         while (o < OPTIONS_END && (!o->name || strcmp(form("--%s", o->name), argv[i]) != 0)) o++;
-        if (o == OPTIONS_END) die("there is no option %s: see --help, and quote patterns of names", argv[i]);
+        if (o == OPTIONS_END) die("there is no option %s (see --help; quote patterns of names)", argv[i]);
         const char *before = option_get(c, o), *value = o->type == FLAG ? "1" : argv[++i];
         if (i == argc) die("--%s wants a value (--help lists the options)", o->name);
         option_set(c, o, checkpoint && strcmp(value, "auto") == 0 ? before : value, "");
@@ -1958,10 +1956,9 @@ static void cpu_open(Model* m) {
     model_alloc_buffers(m);
 }
 static void cpu_describe(const Model* m) {
-    const char* refused = PAIRS_BY ? form(" (the kernel refuses %s)", PAIRS_BY) : "";
+    const char* how = multiplies_pairs() ? "; BF16 and FP8 by " : *PAIRS_BY ? "; the kernel refuses " : "";
     (void)m;
-    printf("matmul: vectors of %d floats%s\n", LANES,
-           multiplies_pairs() ? form("; BF16 and FP8 in pairs, by %s", PAIRS_BY) : refused);
+    printf("matmul: vectors of %d floats%s%s\n", LANES, how, PAIRS_BY);
 }
 static void cpu_nothing(Model* m) { (void)m; }
 static const float* cpu_get(Model* m, Lasting what, const Tensor* t) {
@@ -2166,12 +2163,12 @@ static void dump(Model* m, const Device* device, const Split* train) {  // every
 
 // ---- Signals -------------------------------------------------------------------------------------------
 // A signal lets the step end, and the run is saved. `timeout`, terminals and shutdowns send several; only a
-// second Ctrl-C, a second later, ends the program at once (a checkpoint is whole or not there).
-static volatile sig_atomic_t stop_signal;
+// second Ctrl-C, a second later, ends the program at once, and not while it saves.
+static volatile sig_atomic_t stop_signal, saving;
 static double stopped_at;
 static void on_signal(int sig) {
     if (!stop_signal) stop_signal = sig, stopped_at = seconds();
-    else if (sig == SIGINT && seconds() - stopped_at > 1) signal(sig, SIG_DFL), raise(sig);
+    else if (sig == SIGINT && !saving && seconds() - stopped_at > 1) signal(sig, SIG_DFL), raise(sig);
 }
 
 // ---- Writing text --------------------------------------------------------------------------------------
@@ -2314,12 +2311,14 @@ static struct { Model* m; const Device* device; long first, sequence, saved; dou
 static double save_seconds = 600;  // what a run may lose by a power cut
 static int save(void) {
     Model* m = current.m;
+    saving = 1;
     current.device->fetch(m);
     const int error = checkpoint_save(m, current.device);
     if (error) fprintf(stderr, "%s: cannot write %s: %s (what was written before is untouched)\n", program,
                        shown(checkpoint_path(m->c.out, m->step)), strerror(error));
     else current.saved = m->step, checkpoints_trim(&m->c, current.first, m->step);
     current.saved_at = seconds();
+    saving = 0;
     return !error;
 }
 static void save_at_end(void) {
@@ -2383,7 +2382,8 @@ static void train(Model* m, const Device* device, const Split* train, const Spli
     }
     if (stopping(m)) printf("\nstopped by a signal after step %ld\n", m->step);
     if (log) save_at_end();
-    if (log && (ferror(log) || (stats && ferror(stats)))) die("rows of the logs in %s are missing", c->out);
+    if (log && (ferror(log) || (stats && ferror(stats))))
+        fprintf(stderr, "%s: rows of the logs in %s could not be written\n", program, shown(c->out));
     if (stopping(m)) return;
     printf("validation loss %.4f", val_loss);
     if (c->vocab == BYTES_VOCAB) printf(", %.4f bits per byte", val_loss / 0.693147180559945);
@@ -2418,12 +2418,11 @@ static void splits_open(Config* c, Split* train, Split* val) {
 static void table_open(Text* t, Config* c) {
     const char* slash = strrchr(c->input, '/');
     const char* beside = form("%.*sgpt2_tokenizer.bin", slash ? (int)(slash - c->input + 1) : 0, c->input);
-    if (!*c->tokenizer && access(beside, R_OK) == 0) c->tokenizer = copied(beside);
-    if (*c->tokenizer) text_open(t, c->tokenizer);
+    const char* path = *c->tokenizer ? c->tokenizer : access(beside, R_OK) == 0 ? beside : "";
+    if (*path) text_open(t, path);
     else printf("no gpt2_tokenizer.bin beside the data, so samples are token numbers: "
                 "`python data/tokenize.py --out DIR --tokenizer-only` writes it\n");
-    if (t->vocab != c->vocab)
-        die("tokenizer %s has %d tokens, the model %d", c->tokenizer, t->vocab, c->vocab);
+    if (t->vocab != c->vocab) die("tokenizer %s has %d tokens, the model %d", path, t->vocab, c->vocab);
 }
 static void resumed(const Config* c, const Archive* a) {  // is it the same data?
     const char* const keys[] = {"data", "val_data"};
@@ -2452,7 +2451,8 @@ __attribute__((unused)) static int run(int argc, char** argv, const Device* devi
     if (c.resume && !*c.out) die("--resume needs the --out directory of the run to continue");
     const long newest = *c.out && !*c.generate ? checkpoint_before(c.out, LONG_MAX) : -1;
     const int loaded = *c.generate || newest >= 0;
-    if (newest >= 0 && !c.resume) die("%s holds a run already: --resume it, or name another --out", c.out);
+    if (*c.out && !*c.generate && !c.resume && (newest >= 0 || !access(form("%s/log.csv", c.out), F_OK)))
+        die("%s holds a run already: --resume it, or name another --out", c.out);
     if (loaded) {
         archive_read(&checkpoint, *c.generate ? c.generate : checkpoint_path(c.out, newest));
         config_parse(&c, argc, argv, &checkpoint);
@@ -2480,6 +2480,7 @@ __attribute__((unused)) static int run(int argc, char** argv, const Device* devi
     device->open(&m);
     if (loaded) checkpoint_load(&m, device, &checkpoint);
     else model_init(&m, device);
+    if (newest >= 0 && m.step != newest) die("%s is of another step", checkpoint.path);
     if (*c.generate) generate(&m, device, &text, c.tokens);
     else {
         if (device->describe) device->describe(&m);

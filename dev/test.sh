@@ -15,7 +15,7 @@ part() {
     passed=$((passed + ${p:-0})) failed=$((failed + ${f:-0}))
 }
 part ./test_us
-part ./test_us_amx matmul gradients oracle generate
+part OMP_NUM_THREADS=2 ./test_us_amx matmul gradients oracle generate
 part AMX_REFUSED=1 ./test_us_amx matmul oracle dump
 part OMP_NUM_THREADS=1 ./test_us_emu
 part OMP_NUM_THREADS=1 EMU_SEED=1 ./test_us_emu step_by_step

@@ -28,18 +28,24 @@ below 2^-126 are 0 before and after each operation. AMX_REFUSED=1 in the environ
 #undef _tile_stored
 #undef _tile_dpbf16ps
 #define _tile_loadconfig(shapes) amx_configure(shapes)
-#define _tile_zero(t) memset(amx_tiles[t], 0, sizeof amx_tiles[t])
-#define _tile_loadd(t, from, stride) amx_copy((char*)amx_tiles[t], 64, (const char*)(from), stride)
-#define _tile_stored(t, to, stride) amx_copy((char*)(to), stride, (const char*)amx_tiles[t], 64)
-#define _tile_dpbf16ps(c, a, b) amx_multiply(amx_tiles[c], amx_tiles[a], amx_tiles[b])
+#define _tile_zero(t) memset(amx_tile(t), 0, sizeof(AmxTile))
+#define _tile_loadd(t, from, stride) amx_copy((char*)amx_tile(t), 64, (const char*)(from), stride)
+#define _tile_stored(t, to, stride) amx_copy((char*)(to), stride, (const char*)amx_tile(t), 64)
+#define _tile_dpbf16ps(c, a, b) amx_multiply(amx_tile(c), amx_tile(a), amx_tile(b))
 
 typedef float AmxTile[16][16];
 static __thread AmxTile amx_tiles[8];
+static __thread int amx_configured;  // each thread for itself: without it the hardware stops the program
+static float (*amx_tile(int t))[16] {
+    if (!amx_configured) abort();
+    return amx_tiles[t];
+}
 static void amx_configure(const void* shapes) {  // palette 1; 64 bytes and 16 rows for each register used
     const uint8_t* byte = (const uint8_t*)shapes;
     for (int t = 0; t < 8; t++)
         if (byte[0] != 1 || byte[1] != 0 || byte[16 + 2 * t] != 64 || byte[48 + t] != 16) abort();
     memset(amx_tiles, 0xFF, sizeof amx_tiles);  // NaN, until they are set
+    amx_configured = 1;
 }
 static void amx_copy(char* to, long to_stride, const char* from, long from_stride) {
     for (int i = 0; i < 16; i++) memcpy(to + i * to_stride, from + i * from_stride, 64);
