@@ -1,9 +1,10 @@
 /*
-amx_model.h: the instructions of Intel's matrix unit (AMX) that train_us.c uses, in plain C, so that its code for
-them is tested where there are none: `gcc -include dev/cpu/amx_model.h ...`. Bit for bit what TDPBF16PS does (Intel
-64 and IA-32 Architectures Software Developer's Manual; compared with a Sapphire Rapids): of 16 pairs the sum of all
-first products and that of all second ones, each by FMA in order; these two are added, then the sum so far; numbers
-below 2^-126 are 0 before and after each operation. AMX_REFUSED=1 in the environment: the kernel refuses its use.
+amx_model.h: the instructions of Intel's matrix unit (AMX) that train_us.c uses, in plain C, so that its code
+for them is tested where there are none: `gcc -include dev/cpu/amx_model.h ...`. Bit for bit what TDPBF16PS
+does (Intel 64 and IA-32 Architectures Software Developer's Manual; compared with a Sapphire Rapids): of 16
+pairs the sum of all first products and that of all second ones, each by FMA in order; these two are added,
+then the sum so far; numbers below 2^-126 are 0 before and after each operation. AMX_REFUSED=1 in the
+environment: the kernel refuses its use.
 */
 #include <float.h>
 #include <math.h>

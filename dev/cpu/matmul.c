@@ -5,6 +5,7 @@ matmul.c: the CPU's matrix product, from its definition to what train_us.c ships
 
 The definition is train_us.c's matmul_plain; the last version is its matmul: included, not copied. All have
 the same arguments. Versions 1 to 4 are for FP32. From 5 on operands have formats: E4M3 is timed as well.
+`make -C dev/cpu check` and `bench` run all of them; dev/cpu/matmul 5, or check 5, the fifth alone.
 
 The floor. A product is 2 M N K operations, 0.4 and 0.9 G at the two shapes that are timed. Memory does not
 limit it: that is 5 and 10 MB, of which each value is used hundreds of times. A core of today has two units
@@ -65,7 +66,7 @@ static void blocks(PRODUCT) {
 }
 
 // ---- 4. Sums that stay in registers -----------------------------------------------------------------------
-// Version 3 loads two vectors and stores one for each FMA; a core can load two in a cycle and store one, which
+// Version 3 loads two vectors and stores one for each FMA; a core can load two in a cycle and store one: that
 // leaves half of its arithmetic idle. A tile of MR x NR sums in registers loads MR values and NV vectors for
 // MR * NV FMAs (14 for 24 with AVX-512), none of which waits for another, and stores at its end.
 static void registers(PRODUCT) {
@@ -139,23 +140,22 @@ static void threads(PRODUCT) { by_strips(bare_tile, MR, 0, 0, SAME); }
 
 // ---- 7. Prefetch ------------------------------------------------------------------------------------------
 // b's panel is in L1, a's come from L2, some 14 cycles away, and out from further still. train_us.c's tile
-// asks for the next 16 k of a while it works on these, and out is asked for before it begins. Hardware guesses
+// asks for the next 16 k of a while it works on these; out is asked for before it begins. Hardware guesses
 // most of that by itself.
 static void prefetch(PRODUCT) { by_strips(tile, MR, 0, 1, SAME); }
 
 // ---- 8. Pairs of BF16 -------------------------------------------------------------------------------------
-// Where both operands are narrower than FP32, a word of a panel holds two values that follow in K. For a
-// vector of words of each, one instruction multiplies the pairs and adds both products: twice the work of an
-// FMA with AVX512_BF16, and 16 times as much in a cycle with AMX. FP8 values are exact in BF16, and products
-// of two BF16 values in FP32.
+// Where both operands are narrower than FP32, a word of a panel holds two values that follow in K, and one
+// instruction multiplies pairs and adds both products: twice the work of an FMA with AVX512_BF16, 16 times as
+// much in a cycle with AMX. FP8 values are exact in BF16, and products of two BF16 values in FP32.
 static void pairs_of_bf16(PRODUCT) { by_strips(tile_pairs, PAIR_ROWS, 1, 1, SAME); }
 
 // ---- A version of your own: its function here, and a row before the last ----------------------------------
 
 // ---- 9. train_us.c's matmul -------------------------------------------------------------------------------
-// Version 8, or 7 where an operand is FP32, and what makes it good at every shape: threads divide rows and
-// columns so that the least has to be packed; of a no more at once than 2 MB; no threads for small products;
-// stores around the caches where out is far larger than they are, and not read again soon.
+// Version 8, or 7 where an operand is FP32, and what makes it good at every shape: rows and columns divided
+// so that threads pack the least; at most 2 MB of a at once; no threads for small products; stores around the
+// caches, where out is far larger than they are.
 typedef struct { const char* idea; void (*run)(PRODUCT); int fp32, narrow; } Version;  // of which operands
 static const Version VERSIONS[] = {
     {"the definition", matmul_plain, 1, 0}, {"order of the loops", order, 1, 0},
@@ -167,25 +167,23 @@ static const Version VERSIONS[] = {
 enum { COUNT = sizeof VERSIONS / sizeof *VERSIONS };
 static int only;  // the one version that was asked for, or 0
 static int runs(int v, int narrow) {
-    const Version* x = &VERSIONS[v];
-    return (!only || only == v + 1) && (narrow ? x->narrow : x->fp32) &&
-           (x->run != pairs_of_bf16 || multiplies_pairs());
+    return (!only || only == v + 1) && (narrow ? VERSIONS[v].narrow : VERSIONS[v].fp32) &&
+           (VERSIONS[v].run != pairs_of_bf16 || multiplies_pairs());
 }
 
 // ---- The check --------------------------------------------------------------------------------------------
 // Around `out`, guards that must stay what they are; in it, NaN if nothing is to be added to it; NaN between
 // the operands' rows. Two orders of a sum of K products differ by some K 2^-24: a few times that is allowed,
 // and a unit of a BF16 result. A product that is lost, or not rounded, is a thousand times as much.
-static float* operand(Operand* x, long rows, long K, int across, Format format, const char* name) {
+static Operand operand(long rows, long K, int across, Format format, const char* name) {
     const long n = across ? rows : K, stride = n + 1, count = (across ? K : rows) * stride;
     float* p = floats((double)count);
     fill_normal(p, count, 1, 1, stream_of(name));
     for (long i = n; i < count; i += stride) p[i] = NAN;
-    *x = across ? view(p, 1, stride, format) : view(p, stride, 1, format);
-    return p;
+    return across ? view(p, 1, stride, format) : view(p, stride, 1, format);
 }
 static int check(void) {
-    static const long shapes[][3] = {{1, 1, 1},      {3, 17, 37},   {37, 130, 17}, {1, 130, 300}, {1100, 3, 5},
+    static const long shapes[][3] = {{1, 1, 1}, {3, 17, 37}, {37, 130, 17}, {1, 130, 300}, {1100, 3, 5},
                                      {130, 37, 257}, {70, 90, 530}, {30, 33, 800}, {140, 8192, 1}};
     static const Format formats[][3] = {{FP32, FP32, FP32}, {E4M3, E5M2, FP32}, {BF16, BF16, BF16}};
     double worst[COUNT] = {0};
@@ -196,8 +194,7 @@ static int check(void) {
         const long n = ld * (M + 2);  // a row of guards before and behind, and some between
         const Format* f = formats[test / 8 % 3];
         const int add = test & 1;
-        Operand a, b;
-        float *pa = operand(&a, M, K, test & 2, f[0], "a"), *pb = operand(&b, N, K, test & 4, f[1], "b");
+        const Operand a = operand(M, K, test & 2, f[0], "a"), b = operand(N, K, test & 4, f[1], "b");
         float *old = floats((double)n), *want = floats((double)n), *got = floats((double)n);
         fill_normal(old, n, 1, 1, stream_of("out"));
         for (long t = ld; t < n - ld && !add; t++) if (t % ld < N) old[t] = NAN;
@@ -214,60 +211,67 @@ static int check(void) {
                              allowed = inside ? (double)(K + 16) * 0x1p-22 + unit * fabs(to) : 0;
                 if (inside && !unit) worst[v] = fmax(worst[v], off / allowed);
                 if (!(off <= allowed))
-                    wrong[v] = copied(form("%ld x %ld x %ld, %s, test %zu: out(%ld,%ld) is %g, not %g", M, N, K,
-                                           FORMATS[f[0]].name, test, t / ld - 1, t % ld, (double)got[t], to));
+                    wrong[v] = copied(form("%ld x %ld x %ld, %s, test %zu: out(%ld,%ld) is %g, not %g", M, N,
+                                           K, FORMATS[f[0]].name, test, t / ld - 1, t % ld, got[t], to));
             }
         }
-        free(pa), free(pb), free(old), free(want), free(got);
+        free((void*)a.p), free((void*)b.p), free(old), free(want), free(got);
     }
     for (int v = 0; v < COUNT; v++) {
         if (only && only != v + 1) continue;
         printf("%d %-21s ", v + 1, VERSIONS[v].idea);
-        if (v == 0) printf("what the others are held to\n");
-        else if (wrong[v]) failed = 1, printf("FAILED: %s\n", wrong[v]);
+        if (wrong[v]) failed = 1, printf("FAILED: %s\n", wrong[v]);
         else if (right[v]) printf("right %d times, %.0f %% of what is allowed\n", right[v], 100 * worst[v]);
-        else printf("left out: this machine, or this build, has no instruction for pairs\n");
+        else printf(v ? "left out: nothing here multiplies pairs\n" : "the measure of the others\n");
     }
     return failed;
 }
 
 // ---- The times --------------------------------------------------------------------------------------------
-// The peaks: FMAs of numbers in registers, enough of them side by side; tiles of pairs whose panels are in L1.
+// The peaks: nothing but FMAs, or products of pairs, of numbers in registers, enough of them side by side.
 static double peak(int pairs) {
-    enum { CHAINS = MR * NV < 12 ? 12 : MR * NV, WORDS = 128 };
-    double operations = 0, t = seconds();
+    enum { CHAINS = MR * NV < 12 ? 3 : MR * NV / 4 };
+    double operations = 0, start = seconds();
     #pragma omp parallel reduction(+ : operations)
     {
-        float panel[(PAIR_ROWS + NR) * (WORDS + W)] __attribute__((aligned(64))) = {0}, sums[PAIR_ROWS * NR];
-        Vec c[CHAINS], half = {0};
-        memset(c, 0, sizeof c);
-        half += t > 0 ? 0.5f : 0.0f;  // no compiler knows it
-        for (long n = 0; n < 200000 && !pairs; n++)
-            for (int i = 0; i < CHAINS; i++) c[i] = c[i] * half + half;
-        for (long n = 0; n < 1000 && pairs; n++)
-            tile_pairs(sums, panel, panel + PAIR_ROWS * (WORDS + W), WORDS);
-        for (int i = 1; i < CHAINS; i++) c[0] += c[i];
-        if (!pairs) memcpy(sums, c, sizeof(Vec));
-        operations += pairs ? 4e3 * PAIR_ROWS * NR * WORDS : 2 * 2e5 * LANES * CHAINS;
-        operations += sums[0];  // so that they are needed
+        const long n = 300000;
+        float x[1024] __attribute__((aligned(64)));
+        for (int i = 0; i < 1024; i++) x[i] = pair_of(0.5f, 0.5f);
+        __asm__ volatile("" ::"r"(x) : "memory");  // for all that a compiler knows, they now differ
+        Vec c[CHAINS][4], y = *(const Vec*)x;
+        memcpy(c, x, sizeof c);
+        for (long t = 0; t < n && !pairs; t++, operations += 8 * LANES * CHAINS)
+            for (int i = 0; i < CHAINS; i++) for (int j = 0; j < 4; j++) c[i][j] = c[i][j] * y + y;
+#if defined(__AMX_BF16__) || defined(__AMXBF16__)
+        if (pairs) tile_pairs(x, x, x, W);  // sets up the registers, with what is multiplied
+        for (long t = 0; t < n && pairs; t += 64, operations += 4 * 16 * 16 * 64) {
+            _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7);
+            _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7);
+        }
+#elif defined(__AVX512BF16__)
+        for (long t = 0; t < n && pairs; t++, operations += 16 * LANES * CHAINS)
+            for (int i = 0; i < CHAINS; i++) for (int j = 0; j < 4; j++)
+                c[i][j] = (Vec)_mm512_dpbf16_ps((__m512)c[i][j], (__m512bh)y, (__m512bh)y);
+#endif
+        memcpy(x, c, sizeof c);
+        __asm__ volatile("" ::"r"(x) : "memory");
     }
-    return operations / (seconds() - t);
+    return operations / (seconds() - start);
 }
 static void bench(long M, long N, long K) {
     float *a = floats((double)(M * K)), *b = floats((double)(N * K)), *out = floats((double)(M * N));
     double best[COUNT][2] = {{0}}, top[2] = {0}, start = seconds();  // operations a second
     fill_normal(a, M * K, 1, 1, stream_of("a")), fill_normal(b, N * K, 1, 1, stream_of("b"));
     for (int round = 0; round < 2 || seconds() - start < 7; round++) {
-        for (int i = 0; i < 10 * (1 + multiplies_pairs()); i++) top[i / 10] = fmax(top[i / 10], peak(i / 10));
+        for (int i = 0, p; i < 20; i++) p = i % 2 && multiplies_pairs(), top[p] = fmax(top[p], peak(p));
         for (int turn = 0; turn < 2 * COUNT; turn++) {
             const int v = turn / 2, narrow = turn % 2;
-            const Format f = narrow ? E4M3 : FP32;
+            const Format f = narrow ? E4M3 : FP32, g = narrow ? BF16 : FP32;
             double* rate = &best[v][narrow];
             if (!runs(v, narrow) || (round % 8 && *rate < 1e10)) continue;  // the slow one: not often
             // 20 ms, as threads that have slept may share a core at first
             for (double now, t = seconds(), end = t + 0.02; t < end; t = now) {
-                VERSIONS[v].run(out, N, view(a, K, 1, f), view(b, K, 1, f), M, N, K, 0.1f, 0,
-                                narrow ? BF16 : FP32);
+                VERSIONS[v].run(out, N, view(a, K, 1, f), view(b, K, 1, f), M, N, K, 0.1f, 0, g);
                 now = seconds();
                 *rate = fmax(*rate, 2.0 * (double)(M * N * K) / (now - t));
             }
@@ -288,9 +292,9 @@ static void bench(long M, long N, long K) {
 }
 int main(int argc, char** argv) {
     const int checks = argc > 1 && strcmp(argv[1], "check") == 0;
-    wait_briefly(argv);
     only = argc > 1 + checks ? atoi(argv[1 + checks]) : 0;
-    if (checks) return check();
-    bench(1024, 768, 256), bench(256, 2304, 768);
-    return 0;
+    if (only < 0 || only > COUNT) die("there are versions 1 to %d", COUNT);
+    wait_briefly(argv);
+    if (!checks) bench(1024, 768, 256), bench(256, 2304, 768);
+    return checks && check();
 }
