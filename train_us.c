@@ -1160,10 +1160,10 @@ static void share_the_cores(void) {
 // panels, rounded on the way, so FP8 costs no memory; a tile reads two panels from begin to end, and keeps
 // its MR x NR sums in vector registers, whose number it follows: sums, a row of b, a broadcast of a must fit.
 //   Panels consist of words: of a value each, or of a pair of BF16 values that follow in K, where the machine
-// multiplies pairs; an FP8 value is exact in BF16, and so are products in FP32. For each W words of K a panel
-// of a has its rows, of W words each, and a panel of b W rows of NR words. A panel of b is KC words long
-// (32 KB), to stay in the L1 cache while it meets all panels of a: of A_ROWS rows and A_WORDS words (2 MB) at
-// most, in L2 or near it.
+// multiplies pairs; an FP8 value is exact in BF16, and so are products in FP32. For each WK words of K a
+// panel of a has its rows, of WK words each, and a panel of b WK rows of NR words. A panel of b is KC words
+// long (32 KB), to stay in the L1 cache while it meets all panels of a: of A_ROWS rows and A_WORDS words
+// (2 MB) at most, in L2 or near it.
 #if defined(__AMX_BF16__) || defined(__AMXBF16__)  // (clang before 16 spells it so)
 enum { LANES = 16, MR = 12, NV = 2, PAIR_ROWS = 32,  // 8 registers of 16 x 16, see tile_pairs; and those of:
 #elif defined(__AVX512F__)
@@ -1175,18 +1175,18 @@ enum { LANES = 4, MR = 6, NV = 4, PAIR_ROWS = MR,    // 32 registers of 4 floats
 #else
 enum { LANES = 4, MR = 2, NV = 4, PAIR_ROWS = MR,    // 16 registers of 4 floats
 #endif
-       NR = NV * LANES, W = 16, KC = 256, PAIR_KC = 384, A_ROWS = 1056, A_WORDS = 1 << 19 };
+       NR = NV * LANES, WK = 16, KC = 256, PAIR_KC = 384, A_ROWS = 1056, A_WORDS = 1 << 19 };
 typedef float Vec __attribute__((vector_size(4 * LANES), may_alias));
 
 // sums (MR,NR) = a b, all in registers.
 __attribute__((noinline)) static void tile(float* sums, const float* a, const float* b, long words) {
     Vec c[MR][NV];
     memset(c, 0, sizeof c);
-    for (long k = 0; k < words; k += W, a += MR * W)
-        for (int p = 0; p < W; p++, b += NR) {
-            if (p < MR) __builtin_prefetch(a + MR * W + p * W);
+    for (long k = 0; k < words; k += WK, a += MR * WK)
+        for (int p = 0; p < WK; p++, b += NR) {
+            if (p < MR) __builtin_prefetch(a + MR * WK + p * WK);
             for (int i = 0; i < MR; i++)
-                for (int j = 0; j < NV; j++) c[i][j] += a[i * W + p] * ((const Vec*)b)[j];
+                for (int j = 0; j < NV; j++) c[i][j] += a[i * WK + p] * ((const Vec*)b)[j];
         }
     memcpy(sums, c, sizeof c);
 }
@@ -1208,11 +1208,11 @@ __attribute__((noinline)) static void tile_pairs(float* sums, const float* a, co
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (long k = 0; k < words; k += W, a += PAIR_ROWS * W, b += W * NR) {
-        _tile_loadd(4, a, 4 * W);
+    for (long k = 0; k < words; k += WK, a += PAIR_ROWS * WK, b += WK * NR) {
+        _tile_loadd(4, a, 4 * WK);
         _tile_loadd(6, b, 4 * NR);
         _tile_loadd(7, b + 16, 4 * NR);
-        _tile_loadd(5, a + 16 * W, 4 * W);
+        _tile_loadd(5, a + 16 * WK, 4 * WK);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
         _tile_dpbf16ps(2, 5, 6);
@@ -1229,12 +1229,12 @@ static int multiplies_pairs(void) { return 1; }
 __attribute__((noinline)) static void tile_pairs(float* sums, const float* a, const float* b, long words) {
     __m512 c[MR][NV];
     memset(c, 0, sizeof c);
-    for (long k = 0; k < words; k += W, a += MR * W)
-        for (int p = 0; p < W; p++, b += NR) {
-            if (p < MR) __builtin_prefetch(a + MR * W + p * W);
+    for (long k = 0; k < words; k += WK, a += MR * WK)
+        for (int p = 0; p < WK; p++, b += NR) {
+            if (p < MR) __builtin_prefetch(a + MR * WK + p * WK);
             for (int i = 0; i < MR; i++)
                 for (int j = 0; j < NV; j++)
-                    c[i][j] = _mm512_dpbf16_ps(c[i][j], (__m512bh)_mm512_set1_ps(a[i * W + p]),
+                    c[i][j] = _mm512_dpbf16_ps(c[i][j], (__m512bh)_mm512_set1_ps(a[i * WK + p]),
                                                (__m512bh)_mm512_load_ps(b + j * LANES));
         }
     memcpy(sums, c, sizeof c);
@@ -1247,48 +1247,48 @@ static void tile_pairs(float* sums, const float* a, const float* b, long words) 
 static inline float pair_of(float low, float high) {
     return bits_float(float_bits(low) >> 16 | (float_bits(high) & 0xFFFF0000u));
 }
-// Of an operand W rows from i0 on and W words of K from k0 on, rounded: block[row][word], or block[word][row]
-// if `across`, in one of two buffers. Zeros from row i1 and value k1 on.
-__attribute__((always_inline)) static inline float* read_block(float v[2 * W * W], float w[W * W],
+// Of an operand WK rows from i0 on and WK words of K from k0 on, rounded: block[row][word], or
+// block[word][row] if `across`, in one of two buffers. Zeros from row i1 and value k1 on.
+__attribute__((always_inline)) static inline float* read_block(float v[2 * WK * WK], float w[WK * WK],
         const Operand* x, long i0, long i1, long k0, long k1, int pairs, int across) {
-    const int depth = pairs ? 2 * W : W, whole = i1 - i0 >= W && k1 - k0 >= depth;
-    const int along = x->col == 1;  // neighbours in K are neighbours in memory, or else rows are
+    const int depth = pairs ? 2 * WK : WK, whole = i1 - i0 >= WK && k1 - k0 >= depth;
+    const int along = x->col == 1, half = WK * WK / 2;  // along: neighbours in memory are so in K
     const float* from = x->p + i0 * x->row + k0 * x->col;
-    if (whole && along) for (int i = 0; i < W; i++, from += x->row) {
-        __builtin_prefetch(from + 2 * W), __builtin_prefetch(from + 3 * W);
+    if (whole && along) for (int i = 0; i < WK; i++, from += x->row) {
+        __builtin_prefetch(from + 2 * WK), __builtin_prefetch(from + 3 * WK);
         for (int k = 0; k < depth; k++) v[i * depth + k] = from[k];
     }
     else for (int k = 0; k < depth; k++, from += x->col) {
-        float* to = v + (pairs ? k / 2 + k % 2 * W : k) * W;  // a pair's firsts, then its seconds
-        __builtin_prefetch(from + 2 * W);
-        if (whole && x->row == 1) for (int i = 0; i < W; i++) to[i] = from[i];
-        else for (int i = 0; i < W; i++) {
+        float* to = v + (pairs ? k / 2 + k % 2 * WK : k) * WK;  // a pair's firsts, then its seconds
+        __builtin_prefetch(from + 2 * WK);
+        if (whole && x->row == 1) for (int i = 0; i < WK; i++) to[i] = from[i];
+        else for (int i = 0; i < WK; i++) {
             const float value = i0 + i < i1 && k0 + k < k1 ? from[i * x->row] : 0;
             if (along) v[i * depth + k] = value;
             else to[i] = value;
         }
     }
-    round_all(v, W * depth, x->format);
-    if (pairs && along) for (int t = 0; t < W * W; t++) w[t] = pair_of(v[2 * t], v[2 * t + 1]);
-    else if (pairs) for (int t = 0; t < W * W; t++) w[t] = pair_of(v[t], v[t + W * W]);
+    round_all(v, WK * depth, x->format);
+    if (pairs && along) for (int t = 0; t < WK * WK; t++) w[t] = pair_of(v[2 * t], v[2 * t + 1]);
+    else if (pairs) for (int t = 0; t < WK * WK; t++) w[t] = pair_of(v[t], v[t + WK * WK]);
     float *block = pairs ? w : v, *other = pairs ? v : w;
     // A riffle moves the top bit of every place to the bottom: four exchange row and column.
     for (int n = 0; n < 2 && along == across; n++) {
-        for (int t = 0; t < W * W / 2; t++) other[2 * t] = block[t], other[2 * t + 1] = block[t + W * W / 2];
-        for (int t = 0; t < W * W / 2; t++) block[2 * t] = other[t], block[2 * t + 1] = other[t + W * W / 2];
+        for (int t = 0; t < half; t++) other[2 * t] = block[t], other[2 * t + 1] = block[t + half];
+        for (int t = 0; t < half; t++) block[2 * t] = other[t], block[2 * t + 1] = other[t + half];
     }
     return block;
 }
-// Rows i0 .. i1-1 and values k0 .. k1-1 of K in panels of R rows; zeros up to multiples of W.
+// Rows i0 .. i1-1 and values k0 .. k1-1 of K in panels of R rows; zeros up to multiples of WK.
 __attribute__((always_inline)) static inline void pack(float* to, const Operand* x, long i0, long i1, long k0,
                                                        long k1, long words, int R, int pairs, int across) {
-    float v[2 * W * W] __attribute__((aligned(64))), w[W * W] __attribute__((aligned(64)));
-    for (long i = 0; i < i1 - i0; i += W)
-        for (long k = 0; k < words; k += W) {
+    float v[2 * WK * WK] __attribute__((aligned(64))), w[WK * WK] __attribute__((aligned(64)));
+    for (long i = 0; i < i1 - i0; i += WK)
+        for (long k = 0; k < words; k += WK) {
             const float* block = read_block(v, w, x, i0 + i, i1, k0 + (pairs ? 2 * k : k), k1, pairs, across);
-            for (int r = 0; r < W; r++, block += W)
-                memcpy(across ? to + (k + r) * R + i : to + (i + r) / R * R * words + k * R + (i + r) % R * W,
-                       block, sizeof(float) * W);
+            for (int r = 0; r < WK; r++, block += WK)
+                memcpy(to + (across ? (k + r) * R + i : (i + r) / R * R * words + k * R + (i + r) % R * WK),
+                       block, sizeof(float) * WK);
         }
 }
 // A tile's sums to memory, rounded; `around` the caches, for what is written once and far larger than they
@@ -1319,21 +1319,21 @@ static inline void store(float* out, long ld, float* sums, float alpha, long row
 static void matmul_block(float* out, long ld, const Operand* a, const Operand* b, long m0, long m1, long n0,
                          long n1, long K, float alpha, int accumulate, Format format, int pairs, int around) {
     const long R = pairs ? PAIR_ROWS : MR, depth = pairs ? 2 : 1;  // rows of a tile, values in a word
-    const long stretch = depth * (pairs ? PAIR_KC : KC), tall = (div_up(m1 - m0, R) + div_up(W, R)) * R;
+    const long stretch = depth * (pairs ? PAIR_KC : KC), tall = (div_up(m1 - m0, R) + div_up(WK, R)) * R;
     const long chunk = max_l(1, min_l(div_up(K, stretch), A_WORDS * depth / (tall * stretch))) * stretch;
     float* panels = scratch(SCRATCH_A, tall * chunk / depth);
     float* panel = scratch(SCRATCH_B, NR * stretch / depth);
     for (long c = 0; c < K; c += chunk) {
         const long end = min_l(K, c + chunk);
         for (long k = c; k < end; k += stretch) {
-            const long k1 = min_l(end, k + stretch), words = div_up(k1 - k, W * depth) * W;
+            const long k1 = min_l(end, k + stretch), words = div_up(k1 - k, WK * depth) * WK;
             float* to = panels + (k - c) / depth * tall;
             if (pairs) pack(to, a, m0, m1, k, k1, words, PAIR_ROWS, 1, 0);
             else pack(to, a, m0, m1, k, k1, words, MR, 0, 0);
         }
         for (long j = n0; j < n1; j += NR)
             for (long k = c; k < end; k += stretch) {
-                const long k1 = min_l(end, k + stretch), words = div_up(k1 - k, W * depth) * W;
+                const long k1 = min_l(end, k + stretch), words = div_up(k1 - k, WK * depth) * WK;
                 const float* from = panels + (k - c) / depth * tall;
                 if (pairs) pack(panel, b, j, min_l(n1, j + NR), k, k1, words, NR, 1, 1);
                 else pack(panel, b, j, min_l(n1, j + NR), k, k1, words, NR, 0, 1);

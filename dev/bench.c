@@ -89,7 +89,7 @@ static void multiply_add(void) {  // 2^17 times all of a tile's sums, in registe
 }
 enum { WORDS = 128 };  // a panel of a and one of b of them stay in L1
 static void multiply_pairs(void) {  // 2^10 tiles
-    static const float a[PAIR_ROWS * (WORDS + W)] __attribute__((aligned(64))) = {0};
+    static const float a[PAIR_ROWS * (WORDS + WK)] __attribute__((aligned(64))) = {0};
     static const float b[WORDS * NR] __attribute__((aligned(64))) = {0};
     float sums[PAIR_ROWS * NR] __attribute__((aligned(64)));
     for (long k = 0; k < 1 << 10 && multiplies_pairs(); k++) tile_pairs(sums, a, b, WORDS), sink = sums[0];

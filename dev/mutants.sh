@@ -77,14 +77,14 @@ matmul: the next stretch of K is not added | s/accumulate || k > 0/accumulate/
 matmul: what is beyond the last row is read | s/i0 + i < i1 \&\& k0 + k < k1 ? from/k0 + k < k1 ? from/
 matmul: a block is turned by half | s/n < 2 \&\& along == across/n < 1 \&\& along == across/
 matmul: the rows of the next panel in this one | s/(i + r) \/ R \* R \* words + k/i \/ R * R * words + k/
-matmul: panels end where K does | s/words = div_up(k1 - k, W \* depth) \* W/words = (k1 - k) \/ depth/
+matmul: panels end where K does | s/words = div_up(k1 - k, WK \* depth) \* WK/words = (k1 - k) \/ depth/
 matmul: past the caches, a row's first half only | s/else for (int j = 0; j < NR; j += LANES) {/else for (int j = 0; j < NR \/ 2; j += LANES) {/
 matmul: the sum is rounded after each stretch | s/k1 == K ? format : FP32/format/
 checkpoints: a log alone is no run | s/(newest >= 0 || !access(form("%s\/log.csv", c.out), F_OK))/newest >= 0/
 amx: an operand in FP32 is cut to BF16 | s/a.format != FP32 \&\& b.format/a.format != FP32 || b.format/
 amx: both of a pair are its second | s/float_bits(low) >> 16/float_bits(high) >> 16/
-amx: pairs of rows are not neighbours | s/k \/ 2 + k % 2 \* W/k/
-amx: the lower rows are the upper | s/_tile_loadd(5, a + 16 \* W/_tile_loadd(5, a/
+amx: pairs of rows are not neighbours | s/k \/ 2 + k % 2 \* WK/k/
+amx: the lower rows are the upper | s/_tile_loadd(5, a + 16 \* WK/_tile_loadd(5, a/
 amx: a register is not cleared | s/^    _tile_zero(3);//
 amx: half a stretch | s/k0 + (pairs ? 2 \* k : k)/k0 + k/
 a step's first batch adds, too | s/model_backward(m, i > 0)/model_backward(m, 1)/

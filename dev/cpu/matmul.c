@@ -98,17 +98,17 @@ typedef void Tile(float* sums, const float* a, const float* b, long words);
 __attribute__((noinline)) static void bare_tile(float* sums, const float* a, const float* b, long words) {
     Vec c[MR][NV];
     memset(c, 0, sizeof c);
-    for (long k = 0; k < words; k += W, a += MR * W)
-        for (int p = 0; p < W; p++, b += NR)
+    for (long k = 0; k < words; k += WK, a += MR * WK)
+        for (int p = 0; p < WK; p++, b += NR)
             for (int i = 0; i < MR; i++)
-                for (int j = 0; j < NV; j++) c[i][j] += a[i * W + p] * ((const Vec*)b)[j];
+                for (int j = 0; j < NV; j++) c[i][j] += a[i * WK + p] * ((const Vec*)b)[j];
     memcpy(sums, c, sizeof c);
 }
 INLINE void by_panels(Tile* multiply, int R, int pairs, int ahead, PRODUCT) {
     const long depth = pairs ? 2 : 1, stretch = depth * KC;  // values of K in a word, and in a panel
-    float *panels = scratch(SCRATCH_A, (M + W + 2 * R) * KC), *panel = scratch(SCRATCH_B, NR * KC);
+    float *panels = scratch(SCRATCH_A, (M + WK + 2 * R) * KC), *panel = scratch(SCRATCH_B, NR * KC);
     for (long k = 0; k < K; k += stretch) {
-        const long k1 = min_l(K, k + stretch), words = div_up(k1 - k, W * depth) * W;
+        const long k1 = min_l(K, k + stretch), words = div_up(k1 - k, WK * depth) * WK;
         pack(panels, &a, 0, M, k, k1, words, R, pairs, 0);
         for (long j = 0; j < N; j += NR) {
             pack(panel, &b, j, min_l(N, j + NR), k, k1, words, NR, pairs, 1);
@@ -243,7 +243,7 @@ static double peak(int pairs) {
         for (long t = 0; t < n && !pairs; t++, operations += 8 * LANES * CHAINS)
             for (int i = 0; i < CHAINS; i++) for (int j = 0; j < 4; j++) c[i][j] = c[i][j] * y + y;
 #if defined(__AMX_BF16__) || defined(__AMXBF16__)
-        if (pairs) tile_pairs(x, x, x, W);  // sets up the registers, with what is multiplied
+        if (pairs) tile_pairs(x, x, x, WK);  // sets up the registers, with what is multiplied
         for (long t = 0; t < n && pairs; t += 64, operations += 4 * 16 * 16 * 64) {
             _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7);
             _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7);
