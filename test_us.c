@@ -1144,7 +1144,7 @@ static const Run* run_with(const char* flags, int threads, long limit, int end) 
         text_file(log, sizeof log, "cut.txt");
         if (end == CUT && truncate(log, 0) != 0) die("the tests cannot truncate %s", log);
         if (end > 0) kill(child, end % TWICE);
-        for (int i = 0; i < 10 && end > TWICE; i++) usleep(100), kill(child, SIGINT);
+        for (int i = 0; i < 50 && end > TWICE; i++) usleep(10), kill(child, SIGINT);
     }
     int status = 0;
     waitpid(child, &status, 0);
