@@ -210,7 +210,7 @@ static int check(void) {
                 const double to = want[t], off = fabs(got[t] - to), unit = f[2] == BF16 ? 0x1p-7 : 0,
                              allowed = inside ? (double)(K + 16) * 0x1p-22 + unit * fabs(to) : 0;
                 if (inside && !unit) worst[v] = fmax(worst[v], off / allowed);
-                if (!(off <= allowed))
+                if (!(off <= allowed) || (inside && got[t] != round_to(got[t], f[2])))
                     wrong[v] = copied(form("%ld x %ld x %ld, %s, test %zu: out(%ld,%ld) is %g, not %g", M, N,
                                            K, FORMATS[f[0]].name, test, t / ld - 1, t % ld, got[t], to));
             }
