@@ -3,14 +3,14 @@
 
     python dev/bench_torch.py [--llmc out/bench_llmc] [--seconds 2] [--rounds 3] [SHAPE...]
 
-They take turns of some seconds, in several rounds, and each one's fastest step counts: on a machine that does
-other things too, that is the one disturbed least. Without PyTorch its rows are left out: pip install torch (for
-a CPU alone: --index-url https://download.pytorch.org/whl/cpu).
+They take turns of some seconds, in several rounds, and each one's fastest step counts: on a machine that
+does other things too, that is the one disturbed least. Without PyTorch its rows are left out: pip install
+torch (for a CPU alone: --index-url https://download.pytorch.org/whl/cpu).
 
 The model in PyTorch is us.c's: LayerNorm at the end of each branch, tau, GELU by tanh, multipliers, a head of
 its own; AdamW, the fused one. bf16 is autocast: weights, gradients and moments stay FP32, as in us.c (BF16
-copies of FP32 masters, kept by hand, came within 2 % of it). Each multiplier stands at the narrower side of its
-matmul, where it costs least. us.c also rounds, and takes the gradient's norm, as PyTorch's step does not.
+copies of FP32 masters, kept by hand, came within 2 % of it). Each multiplier stands at the narrower side of
+its matmul, where it costs least. us.c's step also takes the gradient's norm.
 """
 import argparse, math, os, signal, subprocess, sys, time
 
@@ -116,9 +116,9 @@ def main():
     if not torch:
         print(f"no PyTorch in {sys.executable}: `pip install torch`, or `make bench PYTHON=` one that has it")
     if torch or args.llmc:
-        others = ["PyTorch " + torch.__version__] * bool(torch) + ["llm.c"] * bool(args.llmc)
-        print(f"\nBeside {' and '.join(others)}: fastest steps of {args.rounds} turns of {args.seconds:g} s. "
-              "The columns of us.c: how many times as fast it is")
+        others = ([f"PyTorch {torch.__version__}"] if torch else []) + (["llm.c"] if args.llmc else [])
+        print(f"\nBeside {' and '.join(others)}, fastest steps in {args.rounds} turns of {args.seconds:g} s; "
+              "columns: us.c is so many times as fast")
         for shape in args.shapes or SHAPES:
             compare(shape, args)
 
