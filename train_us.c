@@ -147,10 +147,6 @@ static inline float round_to(float x, Format format) {
     return format == FP32 ? x : format == BF16 ? round_bf16(x) : round_fp8(round_bf16(x), format);
 }
 
-static void zero(float* x, long n) {
-    #pragma omp parallel for schedule(static) if (n > 65536)
-    for (long i = 0; i < n; i += 4096) memset(x + i, 0, sizeof(float) * (size_t)min_l(4096, n - i));
-}
 // Rounds n values in place. A loop per format, so that each one vectorizes.
 static inline void round_all(float* x, long n, Format format) {
     if (format == BF16) for (long i = 0; i < n; i++) x[i] = round_bf16(x[i]);
@@ -903,6 +899,10 @@ static void block_backward(Model* m, int l, long B, long T, int add) {
     else norm_back(m, l, NORM1, D_X, din, before, dx, sum1);
 }
 
+static void zero(float* x, long n) {
+    #pragma omp parallel for schedule(static) if (n > 65536)
+    for (long i = 0; i < n; i += 4096) memset(x + i, 0, sizeof(float) * (size_t)min_l(4096, n - i));
+}
 // The gradients of the last model_loss(m, 1), each times its tensor's grad_scale, are added to m->grads, or
 // take the place of what is there.
 static void model_backward(Model* m, int add) {
@@ -1177,18 +1177,28 @@ enum { LANES = 4, MR = 2, NV = 4, PAIR_ROWS = MR,    // 16 registers of 4 floats
 #endif
        NR = NV * LANES, WK = 16, KC = 256, PAIR_KC = 384, A_ROWS = 1056, A_WORDS = 1 << 19 };
 typedef float Vec __attribute__((vector_size(4 * LANES), may_alias));
-
-// sums (MR,NR) = a b, all in registers.
-__attribute__((noinline)) static void tile(float* sums, const float* a, const float* b, long words) {
+// sums (MR,NR) = a b, all in registers, of values or of pairs.
+__attribute__((always_inline)) static inline void vector_tile(float* sums, const float* a, const float* b,
+                                                              long words, __attribute__((unused)) int pairs) {
     Vec c[MR][NV];
     memset(c, 0, sizeof c);
     for (long k = 0; k < words; k += WK, a += MR * WK)
         for (int p = 0; p < WK; p++, b += NR) {
             if (p < MR) __builtin_prefetch(a + MR * WK + p * WK);
             for (int i = 0; i < MR; i++)
-                for (int j = 0; j < NV; j++) c[i][j] += a[i * WK + p] * ((const Vec*)b)[j];
+                for (int j = 0; j < NV; j++)
+#ifdef __AVX512BF16__
+                    if (pairs) c[i][j] = (Vec)_mm512_dpbf16_ps((__m512)c[i][j],
+                                                               (__m512bh)_mm512_set1_ps(a[i * WK + p]),
+                                                               (__m512bh)((const Vec*)b)[j]);
+                    else
+#endif
+                        c[i][j] += a[i * WK + p] * ((const Vec*)b)[j];
         }
     memcpy(sums, c, sizeof c);
+}
+__attribute__((noinline)) static void tile(float* sums, const float* a, const float* b, long words) {
+    vector_tile(sums, a, b, words, 0);
 }
 // sums (PAIR_ROWS,NR) of pairs, where the machine has an instruction for it.
 #if defined(__AMX_BF16__) || defined(__AMXBF16__)
@@ -1227,17 +1237,7 @@ __attribute__((noinline)) static void tile_pairs(float* sums, const float* a, co
 static const char* const PAIRS_BY = "AVX512_BF16";
 static int multiplies_pairs(void) { return 1; }
 __attribute__((noinline)) static void tile_pairs(float* sums, const float* a, const float* b, long words) {
-    __m512 c[MR][NV];
-    memset(c, 0, sizeof c);
-    for (long k = 0; k < words; k += WK, a += MR * WK)
-        for (int p = 0; p < WK; p++, b += NR) {
-            if (p < MR) __builtin_prefetch(a + MR * WK + p * WK);
-            for (int i = 0; i < MR; i++)
-                for (int j = 0; j < NV; j++)
-                    c[i][j] = _mm512_dpbf16_ps(c[i][j], (__m512bh)_mm512_set1_ps(a[i * WK + p]),
-                                               (__m512bh)_mm512_load_ps(b + j * LANES));
-        }
-    memcpy(sums, c, sizeof c);
+    vector_tile(sums, a, b, words, 1);
 }
 #else
 static const char* const PAIRS_BY = "";
@@ -1279,9 +1279,10 @@ __attribute__((always_inline)) static inline float* read_block(float v[2 * WK * 
     }
     return block;
 }
-// Rows i0 .. i1-1 and values k0 .. k1-1 of K in panels of R rows; zeros up to multiples of WK.
+// Rows i0 .. i1-1 and values k0 .. k1-1 of K in panels, of b if `across`; zeros up to multiples of WK.
 __attribute__((always_inline)) static inline void pack(float* to, const Operand* x, long i0, long i1, long k0,
-                                                       long k1, long words, int R, int pairs, int across) {
+                                                       long k1, long words, int pairs, int across) {
+    const int R = across ? NR : pairs ? PAIR_ROWS : MR;  // rows of a panel
     float v[2 * WK * WK] __attribute__((aligned(64))), w[WK * WK] __attribute__((aligned(64)));
     for (long i = 0; i < i1 - i0; i += WK)
         for (long k = 0; k < words; k += WK) {
@@ -1328,15 +1329,15 @@ static void matmul_block(float* out, long ld, const Operand* a, const Operand* b
         for (long k = c; k < end; k += stretch) {
             const long k1 = min_l(end, k + stretch), words = div_up(k1 - k, WK * depth) * WK;
             float* to = panels + (k - c) / depth * tall;
-            if (pairs) pack(to, a, m0, m1, k, k1, words, PAIR_ROWS, 1, 0);
-            else pack(to, a, m0, m1, k, k1, words, MR, 0, 0);
+            if (pairs) pack(to, a, m0, m1, k, k1, words, 1, 0);
+            else pack(to, a, m0, m1, k, k1, words, 0, 0);
         }
         for (long j = n0; j < n1; j += NR)
             for (long k = c; k < end; k += stretch) {
                 const long k1 = min_l(end, k + stretch), words = div_up(k1 - k, WK * depth) * WK;
                 const float* from = panels + (k - c) / depth * tall;
-                if (pairs) pack(panel, b, j, min_l(n1, j + NR), k, k1, words, NR, 1, 1);
-                else pack(panel, b, j, min_l(n1, j + NR), k, k1, words, NR, 0, 1);
+                if (pairs) pack(panel, b, j, min_l(n1, j + NR), k, k1, words, 1, 1);
+                else pack(panel, b, j, min_l(n1, j + NR), k, k1, words, 0, 1);
                 for (long i = m0; i < m1; i += R, from += R * words) {
                     float sums[PAIR_ROWS * NR] __attribute__((aligned(64))), *o = out + i * ld + j;
                     const long rows = min_l(R, m1 - i);
@@ -1672,8 +1673,7 @@ static void json_tensor(Archive* a, const char* name, const uint8_t* data, long 
     }
     json_expect(a, ","), json_expect(a, "\"data_offsets\""), json_expect(a, ":"), json_expect(a, "[");
     if (json_count(a) != e->begin) json_die(a, "its tensors overlap, leave gaps or are not in order");
-    json_expect(a, ",");
-    e->end = json_count(a), json_expect(a, "]"), json_expect(a, "}");
+    json_expect(a, ","), e->end = json_count(a), json_expect(a, "]"), json_expect(a, "}");
     if (e->end > size) json_die(a, "a tensor lies outside the file (is it cut off?)");
     if ((double)(e->end - e->begin) != bytes) json_die(a, "a tensor's offsets do not fit its shape");
     e->data = data + e->begin;

@@ -14,6 +14,7 @@ instructions whose operands are at hand. How to have them there is all of the st
 */
 #define US_NO_MAIN
 #include "../../train_us.c"
+#include "peak.h"
 #define INLINE __attribute__((always_inline)) static inline
 // What every version is given, and hands on.
 #define PRODUCT float* out, long ld, Operand a, Operand b, long M, long N, long K, float alpha, \
@@ -109,9 +110,9 @@ INLINE void by_panels(Tile* multiply, int R, int pairs, int ahead, PRODUCT) {
     float *panels = scratch(SCRATCH_A, (M + WK + 2 * R) * KC), *panel = scratch(SCRATCH_B, NR * KC);
     for (long k = 0; k < K; k += stretch) {
         const long k1 = min_l(K, k + stretch), words = div_up(k1 - k, WK * depth) * WK;
-        pack(panels, &a, 0, M, k, k1, words, R, pairs, 0);
+        pack(panels, &a, 0, M, k, k1, words, pairs, 0);
         for (long j = 0; j < N; j += NR) {
-            pack(panel, &b, j, min_l(N, j + NR), k, k1, words, NR, pairs, 1);
+            pack(panel, &b, j, min_l(N, j + NR), k, k1, words, pairs, 1);
             for (long i = 0; i < M; i += R) {
                 float sums[PAIR_ROWS * NR] __attribute__((aligned(64))), *o = out + i * ld + j;
                 const long rows = min_l(R, M - i);
@@ -228,36 +229,6 @@ static int check(void) {
 }
 
 // ---- The times --------------------------------------------------------------------------------------------
-// The peaks: nothing but FMAs, or products of pairs, of numbers in registers, enough of them side by side.
-static double peak(int pairs) {
-    enum { CHAINS = MR * NV < 12 ? 3 : MR * NV / 4 };
-    double operations = 0, start = seconds();
-    #pragma omp parallel reduction(+ : operations)
-    {
-        const long n = 300000;
-        float x[1024] __attribute__((aligned(64)));
-        for (int i = 0; i < 1024; i++) x[i] = pair_of(0.5f, 0.5f);
-        __asm__ volatile("" ::"r"(x) : "memory");  // for all that a compiler knows, they now differ
-        Vec c[CHAINS][4], y = *(const Vec*)x;
-        memcpy(c, x, sizeof c);
-        for (long t = 0; t < n && !pairs; t++, operations += 8 * LANES * CHAINS)
-            for (int i = 0; i < CHAINS; i++) for (int j = 0; j < 4; j++) c[i][j] = c[i][j] * y + y;
-#if defined(__AMX_BF16__) || defined(__AMXBF16__)
-        if (pairs) tile_pairs(x, x, x, WK);  // sets up the registers, with what is multiplied
-        for (long t = 0; t < n && pairs; t += 64, operations += 4 * 16 * 16 * 64) {
-            _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7);
-            _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7);
-        }
-#elif defined(__AVX512BF16__)
-        for (long t = 0; t < n && pairs; t++, operations += 16 * LANES * CHAINS)
-            for (int i = 0; i < CHAINS; i++) for (int j = 0; j < 4; j++)
-                c[i][j] = (Vec)_mm512_dpbf16_ps((__m512)c[i][j], (__m512bh)y, (__m512bh)y);
-#endif
-        memcpy(x, c, sizeof c);
-        __asm__ volatile("" ::"r"(x) : "memory");
-    }
-    return operations / (seconds() - start);
-}
 static void bench(long M, long N, long K) {
     float *a = floats((double)(M * K)), *b = floats((double)(N * K)), *out = floats((double)(M * N));
     double best[COUNT][2] = {{0}}, top[2] = {0}, start = seconds();  // operations a second
