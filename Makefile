@@ -46,10 +46,10 @@ test_us: test_us.c train_us.c .flags
 test_us_amx: test_us.c train_us.c dev/cpu/amx_model.h .flags
 	$(BUILD) -include dev/cpu/amx_model.h test_us.c -o $@ -lm
 
-dev/cpu/matmul: dev/cpu/matmul.c train_us.c .flags
+dev/cpu/matmul: dev/cpu/matmul.c dev/cpu/peak.h train_us.c .flags
 	$(BUILD) $< -o $@ -lm
 
-bench_us: dev/bench.c train_us.c .flags
+bench_us: dev/bench.c dev/cpu/peak.h train_us.c .flags
 	$(BUILD) dev/bench.c -o $@ -lm
 
 # ---- The GPU trainer. ARCH: the card in this machine, or sm_80, sm_90, ... for another.

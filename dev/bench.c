@@ -6,13 +6,14 @@ bench.c: how fast the CPU trainer is, and where its time goes. `make bench`, or
 Two shapes: a small byte model, and GPT-2 124M at a short context. For each, in FP32, BF16 and FP8, whole
 optimizer steps (forward, backward, update) are run in turn, and the fastest of each is printed: on a machine
 that does other things too, that is the one disturbed least. FLOPs per token = 6 (12 L C^2 + Vp C) + 6 L C T.
-Beside them stands the machine's peak of multiply-adds, of a loop in registers alone, run in the same turns;
-where it multiplies pairs of BF16 values their peak is measured too, of matmul's tile with panels in L1.
+Beside them stand the machine's peaks, measured in the same turns: of multiply-adds in registers alone and,
+where it multiplies pairs of BF16 values, of these.
 Last, the mean step of the default model beside 0, 1, 2 and 4 busy processes a core, which this program starts
 and ends: it should take at most 2 (1 + busy / cores) times as long as alone.
 */
 #define US_NO_MAIN
 #include "../train_us.c"
+#include "cpu/peak.h"
 #include <sys/wait.h>
 
 // The kinds of operations. What has passed since the last one is charged to the kind of the one that has just
@@ -77,35 +78,6 @@ static double step(Model* m) {
     return seconds() - t;
 }
 
-// ---- The machine's peaks -------------------------------------------------------------------------------
-static volatile float sink;  // what is stored here has to be computed
-static void multiply_add(void) {  // 2^17 times all of a tile's sums, in registers
-    Vec c[MR][NV];
-    for (int i = 0; i < MR * NR; i++) ((float*)c)[i] = (float)i;
-    for (long k = 0; k < 1 << 17; k++)
-        for (int i = 0; i < MR; i++)
-            for (int j = 0; j < NV; j++) c[i][j] = c[i][j] * 0.5f + 0.5f;
-    for (int i = 0; i < MR * NR; i++) sink = ((float*)c)[i];
-}
-enum { WORDS = 128 };  // a panel of a and one of b of them stay in L1
-static void multiply_pairs(void) {  // 2^10 tiles
-    static const float a[PAIR_ROWS * (WORDS + WK)] __attribute__((aligned(64))) = {0};
-    static const float b[WORDS * NR] __attribute__((aligned(64))) = {0};
-    float sums[PAIR_ROWS * NR] __attribute__((aligned(64)));
-    for (long k = 0; k < 1 << 10 && multiplies_pairs(); k++) tile_pairs(sums, a, b, WORDS), sink = sums[0];
-}
-// GFLOP/s of work(), done by every thread at once, less than a millisecond each time: of the fastest of ten.
-static double rate_of(void (*work)(void), double flops) {
-    double best = 1e30;
-    for (int n = 0; n < 10; n++) {
-        const double t = seconds();
-        #pragma omp parallel
-        work();
-        best = fmin(best, seconds() - t);
-    }
-    return max_threads() * flops / best * 1e-9;
-}
-
 // ---- The tables ----------------------------------------------------------------------------------------
 enum { MODES = sizeof PRECISIONS / sizeof *PRECISIONS };
 static void print_peak(double peak, double fma, const char* what) {
@@ -127,8 +99,7 @@ static void speed(const char* shape, double budget) {
     const double L = m[0].c.layers, C = m[0].c.width, start = seconds();
     const double flops = 6 * (12 * L * C * C + (double)m[0].vp * C) + 6 * L * C * m[0].c.seq;
     for (int round = 0; round < 2 || seconds() - start < budget; round++) {
-        fma = fmax(fma, rate_of(multiply_add, 2.0 * MR * NR * (1 << 17)));
-        pairs = fmax(pairs, rate_of(multiply_pairs, 4.0 * PAIR_ROWS * NR * WORDS * 1024));
+        for (int n = 0; n < 10; n++) fma = fmax(fma, 1e-9 * peak(0)), pairs = fmax(pairs, 1e-9 * peak(1));
         for (int k = 0; k < MODES; k++) {
             const double t = step(&m[k]);
             if (t < best[k]) best[k] = t, memcpy(laps[k], lap_spent, sizeof lap_spent);
@@ -141,8 +112,8 @@ static void speed(const char* shape, double budget) {
         printf("  %-26s %12.1f %12.1f %11.1f%% %12.1f %10.2f\n", PRECISIONS[k].name, rate, gflops,
                100 * gflops / fma, best[k] * 1e3, best[0] / best[k]);
     }
-    print_peak(fma, fma, "FMA, registers alone");
-    if (multiplies_pairs()) print_peak(pairs, fma, form("%s, from L1", PAIRS_BY));
+    print_peak(fma, fma, "FMA");
+    if (multiplies_pairs()) print_peak(pairs, fma, PAIRS_BY);
     printf("  %-26s", "share of a step");
     for (int k = 0; k < MODES; k++) printf(" %12s", PRECISIONS[k].name);
     for (int i = 0; i < LAPS; i++) {
