@@ -63,9 +63,9 @@ static void run1(void) {
 }
 
 // ---- 2. Nothing is stored ---------------------------------------------------------------------------------
-// train_us.cu's for other head sizes and FP32: a warp a query goes over its keys twice, for the largest score,
-// then for sum and values. Memory sees inputs and outputs only, but a query reads its keys' K twice and V from
-// the cache, 384 bytes for 384 operations, and each product of 64 values ends in five shuffles.
+// train_us.cu's for other head sizes and FP32: a warp a query goes over its keys twice, for the largest
+// score, then for sum and values. Memory sees inputs and outputs only, but a query reads its keys' K twice
+// and V from the cache, 384 bytes for 384 operations, and each product of 64 values ends in five shuffles.
 static void run2(void) {
     attention_forward_plain<bf16><<<dim3((unsigned)T, (unsigned)H, (unsigned)B), 32, 0, stream>>>(
         to_y(), at<float>(lse), at<bf16>(qkv), T, D, SCALE, 1.0f);
@@ -74,10 +74,10 @@ static void run2(void) {
 
 // ---- 3. Tensor cores: 64 queries share each key -----------------------------------------------------------
 // A block keeps 64 queries and walks over tiles of 64 keys in shared memory: K and V are read once for all of
-// them. The softmax is online: with the largest score and the sum so far, and what is summed shrinks when the
-// largest grows. A warp has 16 queries, and an mma does 4096 operations. Fragments are gathered with plain loads, of
-// 16 bits where a lane's values are not side by side, as in V. Rows are 128 bytes, so lanes with different
-// rows meet in one bank: eight of K, four of V.
+// them. The softmax is online: with the largest score and the sum so far, and what is summed shrinks when
+// the largest grows. A warp has 16 queries, and an mma does 4096 operations. Fragments are gathered with
+// plain loads, of 16 bits where a lane's values are not side by side, as in V. Rows are 128 bytes, so lanes
+// with different rows meet in one bank: eight of K, four of V.
 static __device__ void copy_tile(bf16* to, const bf16* from, long stride, int left) {
     for (int i = threadIdx.x; i < SIZE / 8; i += MMA_THREADS) {
         const int r = i / (D / 8), c = i % (D / 8) * 8;
