@@ -83,8 +83,6 @@ static float* scratch(int slot, long n);
 // x[i] = std * N(0,1): the numbers follow from seed, stream and i alone; stream_of: of a tensor's name.
 static void fill_normal(float* x, long n, float std, uint64_t seed, uint64_t stream);
 static uint64_t stream_of(const char* name);
-static void share_the_cores(void);        // where other programs use them: threads wait without spinning
-
 static long min_l(long a, long b) { return a < b ? a : b; }
 static long max_l(long a, long b) { return a > b ? a : b; }
 static long div_up(long a, long b) { return (a + b - 1) / b; }
@@ -533,15 +531,15 @@ static float default_tau(int layers) { return fminf(0.4f, 0.4f * powf(4.0f / (fl
 // All settings of a run. The command line fills it; a checkpoint stores it.
 enum { LION, ADAMW };
 typedef struct {
-    const char *input, *val, *tokenizer, *out, *dump, *generate, *prompt;
+    const char *input, *val, *tokenizer, *hellaswag, *out, *load, *exported, *dump, *prompt;
     int scheme, layers, width, heads, seq, activation, batch, accum, steps, optimizer, warmup, base_width;
-    int precision, recompute, eval_every, eval_tokens, sample_every, stats_every, save_every, keep, resume;
-    int new_data, tokens, top_k, help;
+    int precision, recompute, eval_every, eval_tokens, stats_every, save_every, resume, new_data;
+    int generate, evaluate, tokens, top_k, help;
     float tau, alpha_res, alpha_res_attn_ratio, alpha_attn, alpha_act, alpha_out;
     float lr, emb_lr, head_lr, norm_lr, decay, base_layers, grad_scale, temperature;
     uint64_t seed;
     int vocab;               // V: 256 for bytes, 50257 for GPT-2's tokens; the data tells
-    uint64_t data, val_data;  // which data that is: see tokens_hash
+    uint64_t data;           // which data that is: see tokens_hash
 } Config;
 
 // ---- The tensors ---------------------------------------------------------------------------------------
@@ -817,7 +815,6 @@ static void block_forward(Model* m, int l, long B, long t0, long T) {
 // m->inputs (B,T) -> A_LNF, the head's input, for rows t0 .. B*T-1.
 static void model_forward(Model* m, long B, long t0, long T) {
     const long C = m->c.width, N = B * T - t0;
-    share_the_cores();
     embedding_forward(m->buffers[A_X0], m->inputs, param(m, 0, WTE), param(m, 0, WPE),
                       m->scheme->embedding_scale, B, t0, T, C, m->precision->stream);
     wrote(m, 0, A_X0, N * C);
@@ -1132,28 +1129,14 @@ static double seconds(void) {
 static void wait_briefly(char** argv) {
 #if defined(_OPENMP) && !defined(KMP_VERSION_MAJOR)
     char self[PATH_MAX];
-    const char* preload = getenv("LD_PRELOAD");
     if (max_threads() == 1 || getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY")) return;
     if (getenv("OMP_PROC_BIND")) return;  // this thread is bound to one core, and its threads would be, too
-    if (preload && strstr(preload, "vgpreload")) return;  // valgrind would be left behind
     if (!realpath("/proc/self/exe", self) || strstr(self, "/ld-")) return;  // ld.so, given this program
     setenv("GOMP_SPINCOUNT", "2000", 1);
     execv(self, argv);  // if that fails, all is as it was
 #endif
     (void)argv;
 }
-// libomp (clang) spins 200 ms and can be told at any time: not at all while this program gets less than 0.7
-// of its cores (measured: alone 0.8 to 1, beside one busy process 0.6 or less).
-static void share_the_cores(void) {
-#if defined(_OPENMP) && defined(KMP_VERSION_MAJOR)
-    static double wall, used;
-    const double t = seconds(), u = (double)clock() / CLOCKS_PER_SEC;
-    if (getenv("KMP_BLOCKTIME") || getenv("OMP_WAIT_POLICY") || t - wall < 0.01) return;
-    kmp_set_blocktime(u - used > 0.7 * (t - wall) * max_threads() ? 200 : 0);
-    wall = t, used = u;
-#endif
-}
-
 // ---- The fast matmul -----------------------------------------------------------------------------------
 // Nearly all of the time goes here, so it is the one part written for speed, after BLIS (Van Zee, van de
 // Geijn 2015). Each thread makes a block of `out` by itself: it copies what it needs of both operands into
@@ -1292,10 +1275,9 @@ __attribute__((always_inline)) static inline void pack(float* to, const Operand*
                        block, sizeof(float) * WK);
         }
 }
-// A tile's sums to memory, rounded; `around` the caches, for what is written once and far larger than they
-// are: then its lines need not be read before.
+// A tile's sums to memory, rounded.
 static inline void store(float* out, long ld, float* sums, float alpha, long rows, long n, int add,
-                         Format format, int around) {
+                         Format format) {
     for (long r = 0; r < rows; r++) {
         Vec* s = (Vec*)(sums + r * NR);
         Vec before[NV] = {{0}};
@@ -1305,20 +1287,13 @@ static inline void store(float* out, long ld, float* sums, float alpha, long row
     }
     round_all(sums, rows * NR, format);
     for (long r = 0; r < rows; r++, sums += NR, out += ld) {
-        if (n == NR && !around) memcpy(out, sums, sizeof(float) * NR);
-        else if (n < NR) for (int j = 0; j < n; j++) out[j] = sums[j];
-        else for (int j = 0; j < NR; j += LANES) {
-#ifdef __AVX512F__
-            _mm512_stream_ps(out + j, _mm512_load_ps(sums + j));
-#else
-            memcpy(out + j, sums + j, sizeof(Vec));
-#endif
-        }
+        if (n == NR) memcpy(out, sums, sizeof(float) * NR);
+        else for (int j = 0; j < n; j++) out[j] = sums[j];
     }
 }
 // Rows m0 .. m1-1 and columns n0 .. n1-1 of out.
 static void matmul_block(float* out, long ld, const Operand* a, const Operand* b, long m0, long m1, long n0,
-                         long n1, long K, float alpha, int accumulate, Format format, int pairs, int around) {
+                         long n1, long K, float alpha, int accumulate, Format format, int pairs) {
     const long R = pairs ? PAIR_ROWS : MR, depth = pairs ? 2 : 1;  // rows of a tile, values in a word
     const long stretch = depth * (pairs ? PAIR_KC : KC), tall = (div_up(m1 - m0, R) + div_up(WK, R)) * R;
     const long chunk = max_l(1, min_l(div_up(K, stretch), A_WORDS * depth / (tall * stretch))) * stretch;
@@ -1341,11 +1316,11 @@ static void matmul_block(float* out, long ld, const Operand* a, const Operand* b
                 for (long i = m0; i < m1; i += R, from += R * words) {
                     float sums[PAIR_ROWS * NR] __attribute__((aligned(64))), *o = out + i * ld + j;
                     const long rows = min_l(R, m1 - i);
-                    for (long r = 0; r < rows && !around; r++)
+                    for (long r = 0; r < rows; r++)
                         for (int l = 0; l < NR; l += 16) __builtin_prefetch(o + r * ld + l, 1);
                     (pairs ? tile_pairs : tile)(sums, from, panel, words);
                     store(o, ld, sums, alpha, rows, min_l(NR, n1 - j), accumulate || k > 0,
-                          k1 == K ? format : FP32, around);
+                          k1 == K ? format : FP32);
                 }
             }
     }
@@ -1355,8 +1330,6 @@ static void matmul(float* out, long ld, Operand a, Operand b, long M, long N, lo
                    int accumulate, Format format) {
     const int threads = (double)M * (double)N * (double)K < 1e6 ? 1 : max_threads();  // else not worth a wait
     const int pairs = a.format != FP32 && b.format != FP32 && multiplies_pairs(), R = pairs ? PAIR_ROWS : MR;
-    const int around = !accumulate && M * N > 1 << 20 && K <= (pairs ? 2 * PAIR_KC : KC) && N % NR == 0 &&
-                       ld % NR == 0 && (uintptr_t)out % 64 == 0;
     long down = 1;  // blocks, and threads / down beside each other: so that the least has to be packed
     for (long d = 1; d <= threads; d++)
         if (threads % d == 0 && d * N + threads / d * M < down * N + threads / down * M) down = d;
@@ -1366,7 +1339,7 @@ static void matmul(float* out, long ld, Operand a, Operand b, long M, long N, lo
         const long end = min_l(M, block % down * height + height), n0 = block / down * width;
         for (long m0 = block % down * height; m0 < end; m0 += A_ROWS)
             matmul_block(out, ld, &a, &b, m0, min_l(end, m0 + A_ROWS), n0, min_l(N, n0 + width), K, alpha,
-                         accumulate, format, pairs, around);
+                         accumulate, format, pairs);
     }
 }
 
@@ -1472,7 +1445,8 @@ static void fill_normal(float* x, long n, float std, uint64_t seed, uint64_t str
 
 // ---- Data ----------------------------------------------------------------------------------------------
 // Any file's bytes, or llm.c's shards of GPT-2 tokens: int32[256] (magic, version, count), uint16 tokens.
-enum { SHARD_MAGIC = 20240520, TOKENIZER_MAGIC = 20240328, BYTES_VOCAB = 256, GPT2_VOCAB = 50257 };
+enum { SHARD_MAGIC = 20240520, TOKENIZER_MAGIC = 20240328, QUESTIONS_MAGIC = 20240522,
+       BYTES_VOCAB = 256, GPT2_VOCAB = 50257 };
 
 static const uint8_t* map_file(const char* path, const char* what, long* size) {
     struct stat st;
@@ -1520,8 +1494,8 @@ static void tokens_open(Tokens* t, const char* pattern) {  // a text, a .bin sha
     }
     if (is_pattern) globfree(&found);
 }
-static uint64_t tokens_hash(const Tokens* t) {  // which data this is: each file's size, and its first MB
-    uint64_t h = 0;
+// Which data this is, and that before it: each file's size, and its first MB.
+static uint64_t tokens_hash(const Tokens* t, uint64_t h) {
     for (int i = 0; i < t->num_shards; i++) {
         const long size = t->shards[i].count * t->bytes_per_token;
         h = mix64(h + (uint64_t)size + 1);
@@ -1571,135 +1545,88 @@ static void next_batch(Model* m, const Split* train) {
 
 // ---- safetensors ---------------------------------------------------------------------------------------
 // github.com/huggingface/safetensors: 8-byte little-endian length of a JSON header, the header, raw tensors.
-// An Archive is what such a file holds: tensors, begin to end behind the header; metadata, names and values.
-typedef struct { char *name, *value, *dtype; int dims; long shape[4], begin, end; const void* data; } Entry;
-typedef struct { Entry *entries, *meta; int num_entries, num_meta; char *path, *text, *next; } Archive;
-static Entry* archive_entry(Entry** list, int* n, const char* name) {  // one more, where the last one ends
-    Entry* longer = (Entry*)realloc(*list, sizeof(Entry) * (size_t)(*n + 1));
-    if (!longer) die("out of memory");
-    *list = longer;
-    Entry* e = (Entry*)memset(&longer[(*n)++], 0, sizeof(Entry));
-    if (*n > 1) e->begin = e->end = e[-1].end;
-    e->name = copied(name);
-    return e;
-}
-static void archive_free(Archive* a) {
-    for (int i = 0; i < a->num_entries; i++) free(a->entries[i].name);
-    for (int i = 0; i < a->num_meta; i++) free(a->meta[i].name), free(a->meta[i].value);
-    free(a->entries), free(a->meta), free(a->text), free(a->path);
-    memset(a, 0, sizeof *a);
-}
-static void archive_add(Archive* a, const char* name, const char* dtype, const void* data, long d0, long d1,
-                        long d2) {
-    Entry* e = archive_entry(&a->entries, &a->num_entries, name);
-    e->dtype = (char*)dtype;
-    e->data = data;
-    e->dims = d2 ? 3 : d1 ? 2 : 1;  // those that are 0 are left out
-    e->shape[0] = d0, e->shape[1] = d1, e->shape[2] = d2;
-    e->end += 4 * d0 * (d1 ? d1 : 1) * (d2 ? d2 : 1);
-}
-static void archive_meta(Archive* a, const char* key, const char* value) {
-    archive_entry(&a->meta, &a->num_meta, key)->value = copied(value);
-}
-static const char* archive_get(const Archive* a, const char* key) {
-    for (int i = 0; i < a->num_meta; i++) if (strcmp(a->meta[i].name, key) == 0) return a->meta[i].value;
-    return NULL;
-}
-static const Entry* archive_tensor(const Archive* a, const char* name) {  // or the program ends
-    for (int i = 0; i < a->num_entries; i++) if (strcmp(a->entries[i].name, name) == 0) return &a->entries[i];
-    die("%s has no tensor %s", a->path, name);
-}
-static const void* archive_find(const Archive* a, const char* name, long rows, long cols) {
-    const Entry* e = archive_tensor(a, name);
-    int matrix = e->dims == 2 && e->shape[0] == rows && e->shape[1] == cols;
-    int vector = e->dims == 1 && e->shape[0] == rows * cols;  // has 1 row
-    if (!(matrix || vector) || strcmp(e->dtype, "F32") != 0)
-        die("%s: %s is not F32 of %ld x %ld", a->path, name, rows, cols);
-    return e->data;
-}
-
-// A reader of the JSON that archive_write and the safetensors library write, and no more. It trusts nothing.
-__attribute__((noreturn)) static void json_die(const Archive* a, const char* what) {
-    die("%s is not a good safetensors file: %s. Without it --resume takes the one before", a->path, what);
-}
-static void json_space(Archive* a) { a->next += strspn(a->next, " \n\r\t"); }
-static int json_accept(Archive* a, const char* token) {
-    const size_t n = strlen(token);
-    json_space(a);
-    return strncmp(a->next, token, n) == 0 ? (a->next += n, 1) : 0;
-}
-static void json_expect(Archive* a, const char* token) {
-    if (!json_accept(a, token)) json_die(a, form("its header has no %s where one belongs", token));
-}
-static char* json_string(Archive* a) {  // unescaped in the text's own memory
-    json_expect(a, "\"");
-    char *start = a->next, *to = start;
-    for (; *a->next != '"'; *to++ = *a->next++) {
-        if (*a->next == '\\' && *++a->next != '"' && *a->next != '\\')
-            json_die(a, "a string in its header has an escape other than \\\" and \\\\");
-        if (!*a->next) json_die(a, "a string in its header does not end");
-    }
-    a->next++;
-    *to = 0;
-    return start;
-}
-static char* json_member(Archive* a, int n) {  // the key of an object's member n, up to the value, or NULL
-    if (n == 0) json_expect(a, "{");
-    if (json_accept(a, "}")) return NULL;
-    if (n > 0) json_expect(a, ",");
-    char* key = json_string(a);
-    json_expect(a, ":");
-    return key;
-}
-static long json_count(Archive* a) {
-    json_space(a);
-    if (!isdigit((uint8_t)*a->next)) json_die(a, "its header has a number that is not a count");
-    return strtol(a->next, &a->next, 10);
-}
-static void json_tensor(Archive* a, const char* name, const uint8_t* data, long size) {
-    for (int i = 0; i < a->num_entries; i++)
-        if (strcmp(a->entries[i].name, name) == 0) json_die(a, "a tensor's name is there twice");
-    Entry* e = archive_entry(&a->entries, &a->num_entries, name);
-    double bytes = 4;  // no product of counts wraps around, and none that fits a file is rounded
-    json_expect(a, "{"), json_expect(a, "\"dtype\""), json_expect(a, ":");
-    e->dtype = json_string(a);
-    if (strcmp(e->dtype, "F32") != 0 && strcmp(e->dtype, "I32") != 0)
-        json_die(a, "a tensor is neither F32 nor I32");
-    json_expect(a, ","), json_expect(a, "\"shape\""), json_expect(a, ":"), json_expect(a, "[");
-    while (!json_accept(a, "]")) {
-        if (e->dims > 0) json_expect(a, ",");
-        if (e->dims == 4) json_die(a, "a shape in its header is too long");
-        bytes *= (double)(e->shape[e->dims++] = json_count(a));
-    }
-    json_expect(a, ","), json_expect(a, "\"data_offsets\""), json_expect(a, ":"), json_expect(a, "[");
-    if (json_count(a) != e->begin) json_die(a, "its tensors overlap, leave gaps or are not in order");
-    json_expect(a, ","), e->end = json_count(a), json_expect(a, "]"), json_expect(a, "}");
-    if (e->end > size) json_die(a, "a tensor lies outside the file (is it cut off?)");
-    if ((double)(e->end - e->begin) != bytes) json_die(a, "a tensor's offsets do not fit its shape");
-    e->data = data + e->begin;
-}
-
+// The header is not parsed but searched, as archive_write and the safetensors library write it: no spaces, no
+// escapes in what is looked for. Nothing in it is trusted.
+static const struct { const char* name; int bytes; } DTYPES[] = {  // begins as FORMATS does
+    {"F32", 4}, {"BF16", 2}, {"F8_E4M3", 1}, {"I32", 4}};
+enum { I32 = 3, NUM_DTYPES };
+typedef struct { const char *path, *header; const uint8_t* data; long size; } Archive;
+typedef struct { int dtype; char shape[64]; long values; const uint8_t* data; } Found;
 static void archive_read(Archive* a, const char* path) {
-    long size;
-    const uint8_t* file = map_file(path, "safetensors file", &size);
-    uint64_t length = size < 8 ? 0 : read_u32(file) | (uint64_t)read_u32(file + 4) << 32;
-    const char *name, *key;
-    memset(a, 0, sizeof *a);
+    const uint8_t* file = map_file(path, "safetensors file", &a->size);
+    const uint64_t length = a->size < 8 ? 0 : read_u32(file) | (uint64_t)read_u32(file + 4) << 32;
+    if (length < 2 || length > 100000000 || (long)length > a->size - 8 || file[8] != '{')
+        die("%s is not a safetensors file, or its header is cut off", path);
     a->path = copied(path);
-    if (length < 2 || length > 100000000 || (long)length > size - 8)
-        json_die(a, "its header's length is impossible");
-    a->next = a->text = (char*)memcpy(alloc((double)length + 1), file + 8, length);
-    size -= 8 + (long)length;
-    for (int n = 0; (name = json_member(a, n)) != NULL; n++)
-        if (strcmp(name, "__metadata__") != 0) json_tensor(a, name, file + 8 + length, size);
-        else for (int k = 0; (key = json_member(a, k)) != NULL; k++) {
-            if (archive_get(a, key)) json_die(a, "a key of its metadata is there twice");
-            archive_meta(a, key, json_string(a));
-        }
-    json_space(a);
-    if (a->next != a->text + length) json_die(a, "there is something behind its header's end");
-    if (size != (a->num_entries ? a->entries[a->num_entries - 1].end : 0))
-        json_die(a, "its length does not fit its tensors");
+    a->header = (char*)memcpy(alloc((double)length + 1), file + 8, length);
+    a->data = file + 8 + length;
+    a->size -= 8 + (long)length;
+}
+static const char* archive_at(const Archive* a, const char* name, const char* next) {  // behind "name":next
+    const char *entry = form("\"%s\":%s", name, next), *at = strstr(a->header, entry);
+    return at ? at + strlen(entry) : NULL;
+}
+static const char* archive_get(const Archive* a, const char* key) {  // of the metadata, or NULL
+    const char* value = archive_at(a, key, "\"");
+    return value ? copied(form("%.*s", (int)strcspn(value, "\""), value)) : NULL;
+}
+static Found archive_tensor(const Archive* a, const char* name) {  // or the program ends
+    const char* at = archive_at(a, name, "{\"dtype\":\"");
+    char dtype[16];
+    long begin, end;
+    Found f = {0, "", 0, NULL};
+    if (!at) die("%s has no tensor %s", a->path, name);
+    if (sscanf(at, "%15[^\"]\",\"shape\":[%63[0-9,]],\"data_offsets\":[%ld,%ld]", dtype, f.shape, &begin,
+               &end) != 4)
+        die("%s: the header's entry for %s is damaged", a->path, name);
+    while (f.dtype < NUM_DTYPES && strcmp(DTYPES[f.dtype].name, dtype) != 0) f.dtype++;
+    if (f.dtype == NUM_DTYPES) die("%s: %s is %s, not F32, BF16, F8_E4M3 or I32", a->path, name, dtype);
+    if (begin < 0 || end < begin || end > a->size)
+        die("%s: %s lies outside the file (is it cut off?)", a->path, name);
+    f.values = (end - begin) / DTYPES[f.dtype].bytes;
+    f.data = a->data + begin;
+    return f;
+}
+// Of rows x cols or as many in one row, as floats, which are finite; valid until the next.
+static const float* archive_find(const Archive* a, const char* name, long rows, long cols) {
+    const Found f = archive_tensor(a, name);
+    const long n = rows * cols, bytes = DTYPES[f.dtype].bytes;
+    float* x = scratch(SCRATCH_TENSOR, n);
+    if (strcmp(f.shape, form("%ld,%ld", rows, cols)) != 0 && strcmp(f.shape, form("%ld", n)) != 0)
+        die("%s: %s is not %ld x %ld but [%s]", a->path, name, rows, cols, f.shape);
+    if (f.values != n || f.dtype == I32) die("%s: %s is not so many floats as it says", a->path, name);
+    for (long i = 0; i < n; i++) {
+        uint32_t u = 0;
+        memcpy(&u, f.data + bytes * i, (size_t)bytes);
+        x[i] = f.dtype == E4M3 ? fp8_decode((uint8_t)u, E4M3) : bits_float(f.dtype == BF16 ? u << 16 : u);
+        if (!isfinite(x[i])) die("%s holds values that are not finite, in %s", a->path, name);
+    }
+    return x;
+}
+
+// One that is being made: its header so far, and where its tensors' values are; NULL: on the device.
+typedef struct { const float* data; int dtype; long values; } Entry;
+typedef struct { FILE* header; char* text; size_t length; Entry* entries; int count; long bytes; } Writer;
+static void archive_begin(Writer* w, const char* key, const char* value) {
+    memset(w, 0, sizeof *w);
+    w->header = open_memstream(&w->text, &w->length);
+    fprintf(w->header, "{\"__metadata__\":{\"%s\":\"%s\"", key, value);
+}
+static void archive_meta(Writer* w, const char* key, const char* value) {  // before the first tensor
+    char* copy = (char*)shown(value);
+    for (char* p = copy; (p = strpbrk(p, "\"\\")); ) *p = '?';  // what would need an escape
+    fprintf(w->header, ",\"%s\":\"%s\"", key, copy);
+}
+static void archive_add(Writer* w, const char* name, int dtype, const void* data, long d0, long d1,
+                        long d2) {  // the dimensions that are 0 are left out
+    const char *shape = form(d2 ? "%ld,%ld,%ld" : d1 ? "%ld,%ld" : "%ld", d0, d1, d2);
+    const Entry e = {(const float*)data, dtype, d0 * (d1 ? d1 : 1) * (d2 ? d2 : 1)};
+    const long begin = w->bytes, end = w->bytes += DTYPES[dtype].bytes * e.values;
+    fprintf(w->header, "%s,\"%s\":{\"dtype\":\"%s\",\"shape\":[%s],\"data_offsets\":[%ld,%ld]}",
+            w->count ? "" : "}", name, DTYPES[dtype].name, shape, begin, end);
+    w->entries = (Entry*)realloc(w->entries, sizeof(Entry) * (size_t)(w->count + 1));
+    if (!w->entries) die("out of memory");
+    w->entries[w->count++] = e;
 }
 
 // ---- Text ----------------------------------------------------------------------------------------------
@@ -1718,20 +1645,18 @@ static void text_open(Text* t, const char* path) {
         t->bytes[i] = p + at + 1;
         t->length[i] = p[at];
     }
+    t->length[t->end] = 0;  // it is no text
 }
 
 // Prints a token, or its number without a table. The beginning of a character that is cut waits for the rest.
 static void text_print(const Text* t, int token) {  // -1 ends the text
     static char held[300];
     static long n;
-    const int bytes = t->vocab == BYTES_VOCAB, end = token < 0 || (!bytes && token == t->end);
-    if (!end && bytes) held[n++] = (char)token;
-    else if (!end && !t->bytes[token]) printf(" %d", token);
-    for (int i = 0; !end && !bytes && i < t->length[token]; i++) held[n++] = (char)t->bytes[token][i];
-    const long done = make_safe(held, n, !end);
+    if (token >= 0 && !t->bytes[token]) printf(" %d", token);
+    for (int i = 0; token >= 0 && i < t->length[token]; i++) held[n++] = (char)t->bytes[token][i];
+    const long done = make_safe(held, n, token >= 0);
     fwrite(held, 1, (size_t)done, stdout);
     memmove(held, held + done, (size_t)(n -= done));
-    if (end && token >= 0) fputs("\n---\n", stdout);
 }
 // The tokens of a prompt: its bytes; or, as there is no tokenizer here, GPT-2's as numbers.
 static int text_tokens(const Text* t, const char* s, int* tokens) {  // room for every byte; how many
@@ -1749,7 +1674,8 @@ static int text_tokens(const Text* t, const char* s, int* tokens) {  // room for
 // ---- Command line --------------------------------------------------------------------------------------
 // One table parses, prints the help, and says what a checkpoint stores and resumes from.
 typedef enum { HEADING, INT, UINT64, FLOAT, TEXT, FLAG } OptionType;  // FLOAT: -1 is auto
-typedef enum { NO, KEPT, FIXED } Stored;  // in a checkpoint: no; yes, but a flag may change it; yes
+// In a checkpoint: no; yes, but a flag may change it; yes, for a run that goes on; yes, also for --load.
+typedef enum { NO, KEPT, RUN, FIXED } Stored;
 typedef struct {
     const char *name, *value;  // the default
     const char* choices;       // "a|b": an INT is its place among these; a FLOAT is of these schemes only
@@ -1765,6 +1691,7 @@ static const Option OPTIONS[] = {
     {"input", "", 0, TEXT, KEPT, AT(input), 0, 0, "a text file, read as bytes; or token shards: 'GLOB'"},
     {"val", "", 0, TEXT, KEPT, AT(val), 0, 0, "the same, to validate on (default: the last 10 % of --input)"},
     {"tokenizer", "", 0, TEXT, KEPT, AT(tokenizer), 0, 0, "default: gpt2_tokenizer.bin beside the shards"},
+    {"hellaswag", "", 0, TEXT, KEPT, AT(hellaswag), 0, 0, "questions to answer where it validates: README"},
     {NULL, "", 0, HEADING, NO, 0, 0, 0, "Model"},
     {"scheme", "us", "us|sp|mup|umup|us-pre|us-mean", INT, FIXED, AT(scheme), 0, 0, "us is µS"},
     {"layers", "4", 0, INT, FIXED, AT(layers), 1, 1000, "blocks"},
@@ -1777,7 +1704,7 @@ static const Option OPTIONS[] = {
     {"batch", "8", 0, INT, KEPT, AT(batch), 1, 65536, "sequences at a time"},
     {"accum", "1", 0, INT, KEPT, AT(accum), 1, 65536, "batches in one step"},
     {"steps", "1500", 0, INT, KEPT, AT(steps), 1, 1e9, "of the optimizer"},
-    {"optimizer", "adamw", "lion|adamw", INT, FIXED, AT(optimizer), 0, 0, "a small batch likes adamw"},
+    {"optimizer", "adamw", "lion|adamw", INT, RUN, AT(optimizer), 0, 0, "a small batch likes adamw"},
     {"lr", "auto", 0, FLOAT, KEPT, AT(lr), 1e-12, 1e3, "peak learning rate, at base width"},
     {"warmup", "50", 0, INT, KEPT, AT(warmup), 0, 1e9, "steps of linear warm-up; then a cosine to 10 %"},
     {"decay", "auto", 0, FLOAT, KEPT, AT(decay), 0, 1, "weight decay of a step at peak rate"},
@@ -1799,17 +1726,18 @@ static const Option OPTIONS[] = {
     {NULL, "", 0, HEADING, NO, 0, 0, 0, "Reports, every N steps (0: never)"},
     {"eval-every", "100", 0, INT, KEPT, AT(eval_every), 0, 1e9, "validation loss"},
     {"eval-tokens", "65536", 0, INT, KEPT, AT(eval_tokens), 0, 1e9, "to validate on, spread evenly (0: all)"},
-    {"sample-every", "0", 0, INT, KEPT, AT(sample_every), 0, 1e9, "a sample of text"},
     {"stats-every", "0", 0, INT, KEPT, AT(stats_every), 0, 1e9, "unit-scale statistics of every tensor"},
     {NULL, "", 0, HEADING, NO, 0, 0, 0, "Files"},
-    {"out", "", 0, TEXT, NO, AT(out), 0, 0, "directory for logs and checkpoints (default: nothing is saved)"},
-    {"save-every", "0", 0, INT, KEPT, AT(save_every), 0, 1e9, "also keep one every N steps"},
-    {"keep", "2", 0, INT, KEPT, AT(keep), 0, 1e9, "newest checkpoints, made every 10 minutes (0: all)"},
-    {"resume", "", 0, FLAG, NO, AT(resume), 0, 1, "go on from the newest checkpoint in --out, if any"},
+    {"out", "", 0, TEXT, NO, AT(out), 0, 0, "directory for logs and checkpoint (default: nothing is saved)"},
+    {"save-every", "0", 0, INT, KEPT, AT(save_every), 0, 1e9, "keep a copy of the checkpoint every N steps"},
+    {"resume", "", 0, FLAG, NO, AT(resume), 0, 1, "go on from the checkpoint in --out, if there is one"},
     {"new-data", "", 0, FLAG, NO, AT(new_data), 0, 1, "with --resume: even if the data is not what it was"},
+    {NULL, "", 0, HEADING, NO, 0, 0, 0, "A trained model"},
+    {"load", "", 0, TEXT, NO, AT(load), 0, 0, "begin with a checkpoint's or an exported model's parameters"},
+    {"evaluate", "", 0, FLAG, NO, AT(evaluate), 0, 1, "validate on all of --val, or --eval-tokens, and stop"},
+    {"export", "", 0, TEXT, NO, AT(exported), 0, 0, "write the model to this file as matmuls read it: FP8"},
     {"dump", "", 0, TEXT, NO, AT(dump), 0, 0, "write every tensor of the first step to this file, and stop"},
-    {NULL, "", 0, HEADING, NO, 0, 0, 0, "Text"},
-    {"generate", "", 0, TEXT, NO, AT(generate), 0, 0, "write text with this checkpoint instead of training"},
+    {"generate", "", 0, FLAG, NO, AT(generate), 0, 1, "write text"},
     {"prompt", "", 0, TEXT, NO, AT(prompt), 0, 0, "how the text begins (numbers of GPT-2's tokens: README)"},
     {"tokens", "256", 0, INT, NO, AT(tokens), 1, 1e9, "to write"},
     {"temperature", "0.8", 0, FLOAT, NO, AT(temperature), 0, 100, "0: always the likeliest token"},
@@ -1862,7 +1790,7 @@ static const char* option_get(const Config* c, const Option* o) {  // option_set
 
 static void print_help(void) {
     printf("train_us: trains a GPT-like model in FP8 by unit scaling (µS), and writes text with it\n"
-           "./train_us --input FILE [options]      ./train_us --generate CHECKPOINT [--prompt TEXT]\n");
+           "./train_us --input FILE [options]      ./train_us --load FILE --generate [--prompt TEXT]\n");
     for (const Option* o = OPTIONS; o < OPTIONS_END; o++) {
         const char* kind = o->type == TEXT ? "TEXT" : o->type == FLAG ? "" : o->type == FLOAT ? "X" : "N";
         const char* value = o->type == INT && o->choices ? o->choices : kind;
@@ -1874,7 +1802,8 @@ static void print_help(void) {
 }
 
 // Fills c from the defaults, then from a checkpoint's metadata if there is one, then from the flags given.
-static void config_parse(Config* c, int argc, char** argv, const Archive* checkpoint) {
+static void config_parse(Config* c, int argc, char** argv, const Archive* checkpoint, int resumes) {
+    const int evaluates = c->evaluate;  // as the flags said before
     memset(c, 0, sizeof *c);
     for (const Option* o = OPTIONS; o < OPTIONS_END; o++) {
         if (!o->name || o->type == FLAG) continue;
@@ -1884,6 +1813,7 @@ static void config_parse(Config* c, int argc, char** argv, const Archive* checkp
         else if (checkpoint && o->stored == FIXED)  // a setting may be younger than the checkpoint
             die("checkpoint %s does not say its --%s", checkpoint->path, o->name);
     }
+    if (evaluates) c->eval_tokens = 0;
     for (int i = 1; i < argc; i++) {
         const Option* o = OPTIONS;
         while (o < OPTIONS_END && (!o->name || strcmp(form("--%s", o->name), argv[i]) != 0)) o++;
@@ -1891,7 +1821,7 @@ static void config_parse(Config* c, int argc, char** argv, const Archive* checkp
         const char *before = option_get(c, o), *value = o->type == FLAG ? "1" : argv[++i];
         if (i == argc) die("--%s wants a value (--help lists the options)", o->name);
         option_set(c, o, checkpoint && strcmp(value, "auto") == 0 ? before : value, "");
-        if (checkpoint && o->stored == FIXED && strcmp(before, option_get(c, o)) != 0)
+        if (checkpoint && o->stored >= (resumes ? RUN : FIXED) && strcmp(before, option_get(c, o)) != 0)
             die("--%s %s does not fit checkpoint %s, which has %s", o->name, value, checkpoint->path, before);
     }
 }
@@ -1920,20 +1850,15 @@ typedef struct {
     void (*close)(Model* m);                                  // gives back what open took
     void (*describe)(const Model* m);                         // a line for the header: what it is
     StepResult (*step)(Model* m, const Split* s, double lr);  // an optimizer step; none if not all is finite
-    double (*loss)(Model* m);                                 // of m->inputs and m->targets
-    double (*trace)(Model* m);                                // the same; every buffer, and grads, filled in
-    StepResult (*update)(Model* m, double lr);                // a step with the gradients of the last trace
+    const float* (*losses)(Model* m);                         // of m->inputs and m->targets: (rows)
+    double (*trace)(Model* m);                                // their mean; all buffers, grads too, filled in
     const float* (*next)(Model* m, long t0, long length);     // logits at its end; rows before t0 are known
     void (*fetch)(Model* m);                                  // all arrays that the host has are brought up
     const float* (*get)(Model* m, Lasting what, const Tensor* t);              // valid until the next get
     void (*put)(Model* m, Lasting what, const Tensor* t, const void* values);  // floats, however aligned
     const char* (*utilisation)(const Model* m, double rate);  // of the device, at so many tokens/s: " | ..."
 } Device;
-static StepResult cpu_update(Model* m, double lr) {
-    StepResult r = {0, 0, NULL};
-    return cpu_finish(m, r, lr);
-}
-static double cpu_loss(Model* m) { return model_loss(m, 0); }
+static const float* cpu_losses(Model* m) { return model_loss(m, 0), m->buffers[A_LOSSES]; }
 static double cpu_trace(Model* m) {
     double loss = model_loss(m, 1);
     model_backward(m, 0);
@@ -1968,8 +1893,8 @@ static void cpu_put(Model* m, Lasting what, const Tensor* t, const void* values)
     memcpy((float*)cpu_get(m, what, t), values, sizeof(float) * (size_t)(t->rows * t->cols));
 }
 __attribute__((unused)) static const Device CPU = {
-    "CPU", 1, cpu_open, cpu_nothing, cpu_describe, cpu_step, cpu_loss, cpu_trace, cpu_update,
-    cpu_next, cpu_nothing, cpu_get, cpu_put, NULL};
+    "CPU", 1, cpu_open, cpu_nothing, cpu_describe, cpu_step, cpu_losses, cpu_trace, cpu_next, cpu_nothing,
+    cpu_get, cpu_put, NULL};
 static void model_init(Model* m, const Device* device) {  // as it begins, once the device is open
     for (const Tensor* t = m->tensors; t < m->tensors + m->num_tensors; t++) {
         float* w = scratch(SCRATCH_TENSOR, t->rows * t->cols);
@@ -1979,78 +1904,69 @@ static void model_init(Model* m, const Device* device) {  // as it begins, once 
 }
 
 // ---- Checkpoints ---------------------------------------------------------------------------------------
-static void archive_config(Archive* a, const Model* m) {
-    const char* const keys[] = {"vocab", "step", "sequence", "grad_scale", "data", "val_data"};
-    const double numbers[] = {(double)m->c.vocab, (double)m->step, (double)m->sequence, m->grad_scale,
-                              (double)m->c.data, (double)m->c.val_data};
-    memset(a, 0, sizeof *a);
+static void archive_config(Writer* w, const Model* m) {
+    const char* const keys[] = {"step", "sequence", "grad_scale", "data"};
+    const double numbers[] = {(double)m->step, (double)m->sequence, m->grad_scale, (double)m->c.data};
+    archive_begin(w, "vocab", form("%d", m->c.vocab));
     for (const Option* o = OPTIONS; o < OPTIONS_END; o++)
-        if (o->stored) archive_meta(a, o->name, shown(option_get(&m->c, o)));  // as JSON wants it
-    for (int i = 0; i < 6; i++) archive_meta(a, keys[i], form("%.17g", numbers[i]));
+        if (o->stored) archive_meta(w, o->name, option_get(&m->c, o));
+    for (int i = 0; i < 4; i++) archive_meta(w, keys[i], form("%.17g", numbers[i]));
 }
-static void archive_tensors(Archive* a, const Model* m, const char* prefix, const float* data) {
+// In FP32, or as_read: in the format that a tensor's operation reads.
+static void archive_tensors(Writer* w, const Model* m, const char* prefix, const float* data, int as_read) {
     for (const Tensor* t = m->tensors; t < m->tensors + m->num_tensors; t++) {
         const int vector = t->use >= GAIN;
-        archive_add(a, form("%s%s", prefix, t->name), "F32", data ? data + t->offset : NULL,
-                    vector ? t->cols : t->rows, vector ? 0 : t->cols, 0);
+        archive_add(w, form("%s%s", prefix, t->name), as_read ? t->precision.weight : FP32,
+                    data ? data + t->offset : NULL, vector ? t->cols : t->rows, vector ? 0 : t->cols, 0);
     }
 }
-static const char* checkpoint_path(const char* dir, long step) {
-    return form("%s/ckpt_%08ld.safetensors", dir, step);
-}
+static const char* checkpoint_path(const char* dir) { return form("%s/checkpoint.safetensors", dir); }
 static int lasting(const Model* m) { return !m->training ? 1 : m->c.optimizer == ADAMW ? 3 : 2; }
 static const char* const PREFIXES[2][3] = {{"", "lion.m.", ""}, {"", "adam.m.", "adam.v."}};
-static void json_write(FILE* f, const char* before, const char* s) {
-    fprintf(f, "%s\"", before);
-    for (; *s; s++) fprintf(f, strchr("\"\\", *s) ? "\\%c" : "%c", *s);
-    fputc('"', f);
+static const void* encoded(const float* x, long n, int dtype) {  // in BF16, or E4M3
+    const long bytes = DTYPES[dtype].bytes;
+    uint8_t* to = (uint8_t*)scratch(SCRATCH_P, n * bytes / 4 + 1);
+    for (long i = 0; i < n; i++) {
+        const float v = round_bf16(x[i]);
+        const uint32_t u = dtype == BF16 ? float_bits(v) >> 16 : fp8_encode(v, E4M3);
+        memcpy(to + bytes * i, &u, (size_t)bytes);
+    }
+    return to;
 }
 // Into a temporary file, synced, then renamed: a crash or a full disk never costs the file that was there.
-// Tensors without data are on the device: a checkpoint's. Returns 0, or errno where it cannot be written.
-static int archive_write(const Archive* a, const char* path, Model* m, const Device* device) {
-    char *header = NULL, *temporary = form("%s.tmp", path), *slash;
-    size_t length = 0;
+// Returns 0, or errno where it cannot be written.
+static int archive_write(Writer* w, const char* path, Model* m, const Device* device) {
+    char *temporary = form("%s.tmp", path), *slash;
     FILE* f = fopen(temporary, "wb");
-    if (!f) return errno;
-    FILE* h = open_memstream(&header, &length);
-    fprintf(h, "{\"__metadata__\":");
-    for (int i = 0; i < a->num_meta; i++) {
-        json_write(h, i ? "," : "{", a->meta[i].name);
-        json_write(h, ":", a->meta[i].value);
-    }
-    for (const Entry* e = a->entries; e < a->entries + a->num_entries; e++) {
-        json_write(h, e > a->entries ? "]}," : "},", e->name);
-        fprintf(h, ":{\"dtype\":\"%s\",\"shape\":[", e->dtype);
-        for (int d = 0; d < e->dims; d++) fprintf(h, d ? ",%ld" : "%ld", e->shape[d]);
-        fprintf(h, "],\"data_offsets\":[%ld,%ld", e->begin, e->end);
-    }
-    fprintf(h, "]}}");
-    while ((ftell(h) + 8) % 64) fputc(' ', h);  // the data begins on a cache line
-    fclose(h);
-    fwrite(&length, sizeof length, 1, f);
-    fwrite(header, 1, length, f);
-    free(header);
-    for (int i = 0; i < a->num_entries && !ferror(f); i++) {
-        const void* data = a->entries[i].data;
+    int error = f ? 0 : errno;
+    fputc('}', w->header);
+    while ((ftell(w->header) + 8) % 64) fputc(' ', w->header);  // the data begins on a cache line
+    fclose(w->header);
+    if (f) fwrite(&w->length, sizeof w->length, 1, f), fwrite(w->text, 1, w->length, f);
+    for (int i = 0; i < w->count && f && !ferror(f); i++) {
+        const Entry* e = &w->entries[i];
+        const void* data = e->data;
         if (!data) data = device->get(m, (Lasting)(i / m->num_tensors), &m->tensors[i % m->num_tensors]);
-        fwrite(data, 1, (size_t)(a->entries[i].end - a->entries[i].begin), f);
+        if (e->dtype == BF16 || e->dtype == E4M3) data = encoded((const float*)data, e->values, e->dtype);
+        fwrite(data, (size_t)DTYPES[e->dtype].bytes, (size_t)e->values, f);
     }
-    int good = fflush(f) == 0 && !ferror(f) && fsync(fileno(f)) == 0;
-    good = fclose(f) == 0 && good && rename(temporary, path) == 0;
-    const int error = good ? 0 : errno ? errno : EIO;
-    if (error) unlink(temporary);
+    if (f && (fflush(f) != 0 || ferror(f) || fsync(fileno(f)) != 0)) error = errno ? errno : EIO;
+    if (f && fclose(f) != 0 && !error) error = errno;
+    if (f && !error && rename(temporary, path) != 0) error = errno;
+    if (f && error) unlink(temporary);
     if ((slash = strrchr(temporary, '/'))) *slash = 0;
     int dir = open(slash ? temporary : ".", O_RDONLY);  // the new name itself is kept in the directory
     if (dir >= 0) fsync(dir), close(dir);
+    free(w->text), free(w->entries);
     return error;
 }
-static int checkpoint_save(Model* m, const Device* device) {
-    Archive a;
-    archive_config(&a, m);
-    for (int i = PARAMS; i < lasting(m); i++) archive_tensors(&a, m, PREFIXES[m->c.optimizer][i], NULL);
-    const int error = archive_write(&a, checkpoint_path(m->c.out, m->step), m, device);
-    archive_free(&a);
-    return error;
+// A checkpoint of training, or else a model for inference.
+static int checkpoint_save(Model* m, const Device* device, const char* path) {
+    Writer w;
+    archive_config(&w, m);
+    for (int i = PARAMS; i < lasting(m); i++)
+        archive_tensors(&w, m, PREFIXES[m->c.optimizer][i], NULL, !m->training);
+    return archive_write(&w, path, m, device);
 }
 
 static long checkpoint_number(const Archive* a, const char* key, double high) {
@@ -2061,41 +1977,17 @@ static long checkpoint_number(const Archive* a, const char* key, double high) {
         die("%s has no good %s in its metadata", a->path, key);
     return (long)x;
 }
-static void checkpoint_load(Model* m, const Device* device, const Archive* a) {
-    const int unknown = a->num_entries - lasting(m) * m->num_tensors;
-    for (int i = PARAMS; i < lasting(m); i++)  // to generate text, only the parameters
+// The first `parts` of what lasts: to go on all of it, or else only the parameters.
+static void checkpoint_load(Model* m, const Device* device, const Archive* a, int parts) {
+    for (int i = PARAMS; i < parts; i++)
         for (const Tensor* t = m->tensors; t < m->tensors + m->num_tensors; t++) {
             const char* name = form("%s%s", PREFIXES[m->c.optimizer][i], t->name);
-            const char* values = (const char*)archive_find(a, name, t->rows, t->cols);
-            for (long k = 0; k < t->rows * t->cols; k++) {
-                float x;  // not aligned, if another's header is not
-                memcpy(&x, values + 4 * k, 4);
-                if (!isfinite(x)) die("%s holds values that are not finite, in %s", a->path, name);
-            }
-            device->put(m, (Lasting)i, t, values);
+            device->put(m, (Lasting)i, t, archive_find(a, name, t->rows, t->cols));
         }
-    if (m->training && unknown) die("%s holds %d tensors that are not known", a->path, unknown);
     m->step = checkpoint_number(a, "step", 1e15);
     m->sequence = checkpoint_number(a, "sequence", 1e15);
 }
-static long checkpoint_before(const char* dir, long step) {  // the newest one's step before `step`, or -1
-    long newest = -1, found;
-    DIR* d = opendir(dir);
-    if (!d && errno != ENOENT) die("cannot open --out %s: %s", dir, strerror(errno));
-    for (struct dirent* e; d && (e = readdir(d)); ) {
-        if (sscanf(e->d_name, "ckpt_%ld", &found) != 1 || found <= newest || found >= step) continue;
-        if (strcmp(form("%s/%s", dir, e->d_name), checkpoint_path(dir, found)) == 0) newest = found;
-    }
-    if (d) closedir(d);
-    return newest;
-}
 static int every(int n, long step) { return n && step % n == 0; }
-// Deletes all but the newest --keep that this process wrote, after step `first`; those of --save-every stay.
-static void checkpoints_trim(const Config* c, long first, long step) {
-    int kept = 0;
-    for (long s = step + 1; c->keep && (s = checkpoint_before(c->out, s)) > first; )
-        if (!every(c->save_every, s) && ++kept > c->keep) unlink(checkpoint_path(c->out, s));
-}
 
 // ---- Memory --------------------------------------------------------------------------------------------
 static double file_number(const char* path, const char* key) {  // infinite where there is none ("max")
@@ -2130,35 +2022,29 @@ static void check_memory(const Model* m, int on_host) {
             (params + kept + one) * 1e-9, available * 1e-9);
 }
 
-static void dump(Model* m, const Device* device, const Split* train) {  // every tensor, for dev/reference.py
-    Archive a;
-    const long B = m->c.batch, T = m->c.seq, V = m->c.vocab;
+static int dump(Model* m, const Device* device, const Split* train) {  // every tensor, for dev/reference.py
+    Writer w;
+    const long B = m->c.batch, T = m->c.seq;
     next_batch(m, train);
     device->fetch(m);
-    float loss = (float)device->trace(m), *logits = scratch(SCRATCH_TENSOR, m->rows * V);
-    for (long n = 0; n < m->rows; n++)
-        memcpy(logits + n * V, buffer(m, 0, A_LOGITS, n), sizeof(float) * (size_t)V);
-    archive_config(&a, m);
-    archive_meta(&a, "device", device->name);
-    archive_add(&a, "tokens", "I32", m->inputs, B, T, 0);
-    archive_add(&a, "targets", "I32", m->targets, B, T, 0);
-    archive_add(&a, "loss", "F32", &loss, 1, 0, 0);
-    archive_add(&a, "logits", "F32", logits, B, T, V);
-    archive_tensors(&a, m, "param.", m->params);
-    archive_tensors(&a, m, "grad.", m->grads);
-    for (int k = 0; k < A_MEANF; k++) {
+    const float loss = (float)device->trace(m);
+    archive_config(&w, m);
+    archive_meta(&w, "device", device->name);
+    archive_add(&w, "tokens", I32, m->inputs, B, T, 0);
+    archive_add(&w, "targets", I32, m->targets, B, T, 0);
+    archive_add(&w, "loss", FP32, &loss, 1, 0, 0);
+    archive_tensors(&w, m, "param.", m->params, 0);
+    archive_tensors(&w, m, "grad.", m->grads, 0);
+    for (int k = 0; k <= A_LOGITS; k++) {
         const Dim width = BUFFER_KINDS[k].width;
         if (width == DIM_1 || buffer_size(m, k) == 0) continue;
         for (int l = 0; l < (k < BLOCK_BUFFERS ? m->c.layers : 1); l++) {
             const char* block = k < BLOCK_BUFFERS ? form("h.%d.", l) : "";
             const char* name = form("act.%s%s", block, BUFFER_KINDS[k].name);
-            archive_add(&a, name, "F32", buffer(m, l, k, 0), B, T, dim_of(&m->c, width));
+            archive_add(&w, name, FP32, buffer(m, l, k, 0), B, T, dim_of(&m->c, width));
         }
     }
-    const int error = archive_write(&a, m->c.dump, m, device);
-    if (error) die("cannot write %s: %s", m->c.dump, strerror(error));
-    archive_free(&a);
-    printf("wrote %s\n", shown(m->c.dump));
+    return archive_write(&w, m->c.dump, m, device);
 }
 
 // ---- Signals -------------------------------------------------------------------------------------------
@@ -2172,24 +2058,24 @@ static void on_signal(int sig) {
 }
 
 // ---- Writing text --------------------------------------------------------------------------------------
-typedef struct { float logit; int token; } Candidate;
-static int by_logit(const void* a, const void* b) {  // descending; of equals the lower token first
-    const Candidate *x = (const Candidate*)a, *y = (const Candidate*)b;
-    return x->logit != y->logit ? (x->logit < y->logit ? 1 : -1) : x->token - y->token;
-}
+// One of the k likeliest tokens, equals in order; k small, or all: then they need no order.
 static int sample_token(const float* logits, const Config* c, long position) {
     const int V = c->vocab, k = c->temperature == 0.0f ? 1 : c->top_k ? (int)min_l(c->top_k, V) : V;
-    Candidate* list = (Candidate*)scratch(SCRATCH_P, 2L * V);
+    int n = 0, *list = (int*)scratch(SCRATCH_P, 2L * V);
+    float max = logits[0], *share = (float*)list + V;
     double sum = 0, u = random_uniform(c->seed, stream_of("sample"), (uint64_t)position);
-    for (int v = 0; v < V; v++) list[v].logit = logits[v], list[v].token = v;
-    qsort(list, (size_t)V, sizeof *list, by_logit);
-    for (int i = 0; i < k; i++) {  // from logits to probabilities, up to their sum
-        list[i].logit = expf((list[i].logit - logits[list[0].token]) / fmaxf(c->temperature, 1e-6f));
-        sum += list[i].logit;
+    for (int v = 0; v < V; v++) {
+        if (n == k && !(logits[v] > logits[list[k - 1]])) continue;
+        int i = n < k ? n++ : k - 1;
+        for (; k < V && i > 0 && logits[v] > logits[list[i - 1]]; i--) list[i] = list[i - 1];
+        list[i] = v;
+        max = fmaxf(max, logits[v]);
     }
+    for (int i = 0; i < k; i++)  // from logits to probabilities, up to their sum
+        sum += share[i] = expf((logits[list[i]] - max) / fmaxf(c->temperature, 1e-6f));
     double rest = u * sum;
-    for (int i = 0; i < k - 1; i++) if ((rest -= list[i].logit) < 0) return list[i].token;
-    return list[k - 1].token;
+    for (int i = 0; i < k - 1; i++) if ((rest -= share[i]) < 0) return list[i];
+    return list[k - 1];
 }
 
 static void generate(Model* m, const Device* device, const Text* text, int count) {
@@ -2205,6 +2091,7 @@ static void generate(Model* m, const Device* device, const Text* text, int count
     for (int i = 0; i < count && !stop_signal; i++) {
         const int token = sample_token(device->next(m, known, length), &m->c, i);
         known = length;
+        if (token == text->end && text->vocab != BYTES_VOCAB) break;
         text_print(text, token);
         fflush(stdout);
         if (length == T) {  // a full window goes on from its second half
@@ -2279,6 +2166,16 @@ static FILE* open_log(const Model* m, const char* name, const char* header) {
     return f;
 }
 
+// ---- Validation ----------------------------------------------------------------------------------------
+static void progress(const char* what, long done, long all, double begin) {
+    static double last;
+    const double now = seconds(), left = (now - begin) * (double)(all - done) / (double)done;
+    const int terminal = isatty(STDOUT_FILENO);
+    if (now - fmax(last, begin) < (terminal ? 0.5 : 30)) return;
+    printf("%s: %ld %%, %.0f s left%s", what, 100 * done / all, left, terminal ? "\033[K\r" : "\n");
+    fflush(stdout);
+    last = now;
+}
 // A fixed set of windows, spread evenly over the split: the same for any batch and device. Returns how many.
 static long val_windows(const Config* c, const Split* val) {
     const long all = (val->count - 1) / c->seq;
@@ -2296,27 +2193,119 @@ static int stopping(const Model* m) { return stop_signal && m->step < m->c.steps
 static double validate(const Model* m, const Device* device, const Split* val) {
     const long windows = val_windows(&m->c, val);
     Model part = *m;  // in the same buffers, a batch that is smaller at the end
-    double sum = 0;
+    double sum = 0, begin = seconds();
     for (long i = 0; i < windows && !stopping(m); i += m->c.batch) {
         part.c.batch = (int)min_l(m->c.batch, windows - i);
         part.rows = (long)part.c.batch * m->c.seq;
         val_read(m, val, i, part.c.batch);
-        sum += device->loss(&part) * part.c.batch;
+        const float* losses = device->losses(&part);
+        for (long n = 0; n < part.rows; n++) sum += losses[n];
+        if (m->c.evaluate) progress("validation", i + part.c.batch, windows, begin);
     }
-    return stopping(m) ? NAN : sum / (double)windows;
+    return stopping(m) ? NAN : sum / (double)(windows * m->c.seq);
 }
 
+// HellaSwag (Zellers et al. 2019): which of four endings follows? llm.c's file: int32[256] (magic, version,
+// count), then uint16s, of each question: 65535, its bytes, its number, which ending is right, 4; then the
+// context and the endings, each its length and its tokens.
+typedef struct { const uint16_t* words; long count, longest; } Questions;  // longest: context and ending
+static void questions_open(Questions* q, const char* path) {
+    long bytes, at = 0;
+    const uint8_t* file = map_file(path, "questions", &bytes);
+    if (bytes < 1024 || read_u32(file) != QUESTIONS_MAGIC || read_u32(file + 4) != 1)
+        die("%s is not a file of questions: `python data/hellaswag.py` writes one", path);
+    const uint16_t* w = q->words = (const uint16_t*)(file + 1024);
+    for (const long end = (bytes - 1024) / 2; at < end; q->count++) {
+        const long begin = at;
+        int good = end - begin > 5 && w[begin] == 65535 && w[begin + 3] < 4 && w[begin + 4] == 4;
+        at += 5;
+        for (int part = 0; part < 5 && good; part++) {
+            const long length = at < end ? w[at] : 0;
+            good = length > 0 && at + length < end;
+            for (long i = 1; i <= length && good; i++) good = w[at + i] < GPT2_VOCAB;
+            q->longest = max_l(q->longest, w[begin + 5] + length);
+            at += 1 + length;
+        }
+        if (!good || w[begin + 1] != 2 * (at - begin)) die("%s is damaged in question %ld", path, q->count);
+    }
+    if (q->count != (long)read_u32(file + 8) || q->count == 0 || bytes % 2)
+        die("%s has %ld questions, but %u by its header", path, q->count, read_u32(file + 8));
+}
+// The share of questions whose right ending has the lowest mean loss of the four, as llm.c has it.
+static double hellaswag(const Model* m, const Device* device, const Questions* q) {
+    const long T = min_l(m->c.seq, div_up(q->longest, 64) * 64);
+    const uint16_t* w = q->words;
+    const double begin = seconds();
+    long right = 0;
+    Model part = *m;
+    part.c.seq = (int)T, part.c.batch = 4, part.rows = 4 * T;
+    for (long i = 0; i < q->count && !stopping(m); i++, w += w[1] / 2) {
+        const long before = w[5];
+        const uint16_t *context = w + 6, *ending = context + before;
+        long from[4], to[4], choice = 0;
+        double least = INFINITY;
+        for (int k = 0; k < 4; ending += 1 + *ending, k++) {  // the last T + 1 tokens of both
+            const long all = before + *ending, first = max_l(0, all - T - 1);
+            from[k] = max_l(0, before - 1 - first), to[k] = all - 1 - first;
+            for (long t = 0; t <= T; t++) {
+                const long j = first + t;
+                const int token = j < before ? context[j] : j < all ? ending[1 + j - before] : 0;
+                if (t < T) part.inputs[k * T + t] = token;
+                if (t > 0) part.targets[k * T + t - 1] = token;
+            }
+        }
+        const float* losses = device->losses(&part);
+        for (int k = 0; k < 4; k++) {
+            double mean = 0;
+            for (long t = from[k]; t < to[k]; t++) mean += losses[k * T + t] / (double)(to[k] - from[k]);
+            if (mean < least) least = mean, choice = k;
+        }
+        right += choice == w[3];
+        if (m->c.evaluate) progress("hellaswag", i + 1, q->count, begin);
+    }
+    return stopping(m) ? NAN : (double)right / (double)q->count;
+}
+
+static void evaluate(const Model* m, const Device* device, const Split* val, const Questions* q,
+                     const Text* text) {
+    const long T = m->c.seq, windows = val_windows(&m->c, val), tokens = windows * T;
+    double bytes = 0, loss = validate(m, device, val);
+    for (long i = 0; i < windows; i++) {
+        val_read(m, val, i, 1);
+        for (long t = 0; t < T; t++) bytes += text->length[m->targets[t]];
+    }
+    printf("validation loss %.4f", loss);
+    if (bytes > 0) printf(", %.4f bits per byte", loss * (double)tokens / bytes / log(2));
+    const char* unit = m->c.vocab == BYTES_VOCAB ? "bytes" : "tokens";
+    printf(", perplexity %.2f, of %ld %s\n", exp(loss), tokens, unit);
+    if (!q->count) return;
+    const double share = hellaswag(m, device, q);
+    printf("hellaswag: %.0f of %ld right, %.4f\n", share * (double)q->count, q->count, share);
+}
+
+// ---- The run -------------------------------------------------------------------------------------------
 // The run under way. Whatever ends it (its last step, a signal, an error) calls save_at_end.
-static struct { Model* m; const Device* device; long first, sequence, saved; double saved_at; } current;
+static struct {
+    Model* m;
+    const Device* device;
+    const char* path;  // of the checkpoint
+    long first, sequence, saved;
+    double saved_at;
+} current;
 static double save_seconds = 600;  // what a run may lose by a power cut
 static int save(void) {
     Model* m = current.m;
+    const char* path = current.path;
     saving = 1;
     current.device->fetch(m);
-    const int error = checkpoint_save(m, current.device);
+    int error = checkpoint_save(m, current.device, path);
+    if (!error) current.saved = m->step;
+    if (!error && every(m->c.save_every, m->step)) {  // a second name for it: the next one takes the first
+        unlink(path = form("%s/step_%08ld.safetensors", m->c.out, m->step));
+        error = link(current.path, path) ? errno : 0;
+    }
     if (error) fprintf(stderr, "%s: cannot write %s: %s (what was written before is untouched)\n", program,
-                       shown(checkpoint_path(m->c.out, m->step)), strerror(error));
-    else current.saved = m->step, checkpoints_trim(&m->c, current.first, m->step);
+                       shown(path), strerror(error));
     current.saved_at = seconds();
     saving = 0;
     return !error;
@@ -2325,24 +2314,25 @@ static void save_at_end(void) {
     last_words = NULL;
     current.m->sequence = current.sequence;  // an error may come in the middle of reading a batch
     if (current.m->step > current.saved && !save()) exit(1);
-    const char* path = checkpoint_path(current.m->c.out, current.saved);
-    if (current.saved > current.first) printf("saved %s\n", shown(path));
+    if (current.saved > current.first)
+        printf("saved %s, step %ld\n", shown(current.path), current.saved);
 }
 
-static void train(Model* m, const Device* device, const Split* train, const Split* val, const Text* text) {
+static void train(Model* m, const Device* device, const Split* train, const Split* val, const Questions* q,
+                  const Text* text) {
     static const int signals[] = {SIGINT, SIGTERM, SIGHUP, SIGPIPE};
     const Config* c = &m->c;
     FILE *log = NULL, *stats = NULL;
     double val_loss = NAN, begin = seconds();
-    const int terminal = isatty(STDOUT_FILENO), sample = (int)min_l(c->tokens, 256);
+    const int terminal = isatty(STDOUT_FILENO);
     for (long i = 0; i < val_windows(c, val); i++) val_read(m, val, i, 1);  // a bad token ends the run here
-    current.m = m, current.device = device, current.saved = current.first = m->step;
-    current.sequence = m->sequence, current.saved_at = begin;
+    current.m = m, current.device = device, current.path = copied(checkpoint_path(c->out));
+    current.saved = current.first = m->step, current.sequence = m->sequence, current.saved_at = begin;
     if (*c->out) {
         if (mkdir(c->out, 0777) && errno != EEXIST) die("cannot make --out %s: %s", c->out, strerror(errno));
         if (flock(open(c->out, O_RDONLY), LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK)
             die("another process trains into --out %s", c->out);
-        log = open_log(m, "log.csv", "step,train_loss,val_loss,lr,grad_norm,ms,tokens_per_s");
+        log = open_log(m, "log.csv", "step,train_loss,val_loss,lr,grad_norm,ms,tokens_per_s,hellaswag");
         if (c->stats_every)
             stats = open_log(m, "stats.csv", "step,tensor,operand,format,rms,max,flushed,saturated");
         last_words = save_at_end;
@@ -2353,7 +2343,6 @@ static void train(Model* m, const Device* device, const Split* train, const Spli
     while (m->step < c->steps && !stop_signal) {
         const long s = m->step + 1;
         const int last = s == c->steps, want_val = last || every(c->eval_every, s);
-        const int want_sample = !last && every(c->sample_every, s);
         const int want_stats = c->stats_every && (s == 1 || last || every(c->stats_every, s));
         double lr = learning_rate(c, s), start = seconds();
         m->stats_on = want_stats;
@@ -2365,18 +2354,21 @@ static void train(Model* m, const Device* device, const Split* train, const Spli
         current.sequence = m->sequence;
         if (log && last) save();  // first of all: what follows takes time, and no signal cuts it short
         val_loss = want_val ? validate(m, device, val) : NAN;
+        const double share = want_val && q->count ? hellaswag(m, device, q) : NAN;
         long left = (long)((seconds() - begin) / (double)(s - current.first) * (double)(c->steps - s));
         printf("%sstep %ld/%d | loss %.4f", terminal ? "\r\033[K" : "", s, c->steps, r.loss);
         if (isfinite(val_loss)) printf(" | val %.4f", val_loss);
+        if (isfinite(share)) printf(" | hellaswag %.4f", share);
         printf(" | lr %.5f | norm %.3g | %.0f ms | %.0f tokens/s%s | %ld:%02ld left", lr, r.norm, ms, rate,
                device->utilisation ? device->utilisation(m, rate) : "", left / 60, left % 60);
-        if (!terminal || want_val || want_stats || want_sample) printf("\n");
+        if (!terminal || want_val || want_stats) printf("\n");
         if (want_stats) print_stats(m, stats);
         if (log) {
             const char* val_text = isfinite(val_loss) ? form("%.6f", val_loss) : "";
-            fprintf(log, "%ld,%.6f,%s,%.6g,%.6g,%.3f,%.1f\n", s, r.loss, val_text, lr, r.norm, ms, rate);
+            const char* share_text = isfinite(share) ? form("%.6f", share) : "";
+            fprintf(log, "%ld,%.6f,%s,%.6g,%.6g,%.3f,%.1f,%s\n", s, r.loss, val_text, lr, r.norm, ms, rate,
+                    share_text);
         }
-        if (want_sample) generate(m, device, text, sample);
         fflush(NULL);  // the logs too; a full disk costs rows of them, and not the run
         if (log && !last && (seconds() - current.saved_at >= save_seconds || every(c->save_every, s))) save();
     }
@@ -2388,17 +2380,19 @@ static void train(Model* m, const Device* device, const Split* train, const Spli
     printf("validation loss %.4f", val_loss);
     if (c->vocab == BYTES_VOCAB) printf(", %.4f bits per byte", val_loss / 0.693147180559945);
     printf("; a sample:\n");
-    generate(m, device, text, sample);
+    generate(m, device, text, (int)min_l(c->tokens, 256));
 }
 
 // What to train on, and to validate on: --input without its last 10 %, and these; or with --val all of each.
 static void splits_open(Config* c, Split* train, Split* val) {
     static Tokens tokens, other;
+    if (c->evaluate && *c->val) c->input = c->val;  // what it was trained on need not be here
     if (!*c->input) die("--input FILE is missing: any text file will do (--help lists the options)");
     tokens_open(&tokens, c->input);
     if (c->vocab && c->vocab != tokens_vocab(&tokens))
-        die("the checkpoint was not trained on the kind of tokens in %s", c->input);
+        die("the model was not trained on the kind of tokens in %s", c->input);
     c->vocab = tokens_vocab(&tokens);
+    c->data = tokens_hash(&tokens, 0);
     train->tokens = val->tokens = &tokens;
     val->count = *c->val ? 0 : tokens.count / 10;
     train->count = val->start = tokens.count - val->count;
@@ -2406,87 +2400,93 @@ static void splits_open(Config* c, Split* train, Split* val) {
         tokens_open(&other, c->val);
         if (other.bytes_per_token != tokens.bytes_per_token) die("--input and --val are not of one kind");
         val->tokens = &other, val->start = 0, val->count = other.count;
-        c->val_data = tokens_hash(&other);
+        c->data = tokens_hash(&other, c->data);
     }
-    c->data = tokens_hash(&tokens);
     if (train->count <= c->seq || val->count <= c->seq)
         die("%ld tokens to train on and %ld to validate on are too few for --seq %d: "
             "use more text or a smaller --seq", train->count, val->count, c->seq);
 }
 
-// Opens --tokenizer, or gpt2_tokenizer.bin beside the shards; without one tokens are numbers.
-static void table_open(Text* t, Config* c) {
+// Of bytes; or --tokenizer, or gpt2_tokenizer.bin beside the shards: without one tokens are numbers.
+static void table_open(Text* t, const Config* c) {
+    static uint8_t bytes[BYTES_VOCAB];
     const char* slash = strrchr(c->input, '/');
     const char* beside = form("%.*sgpt2_tokenizer.bin", slash ? (int)(slash - c->input + 1) : 0, c->input);
     const char* path = *c->tokenizer ? c->tokenizer : access(beside, R_OK) == 0 ? beside : "";
-    if (*path) text_open(t, path);
+    t->vocab = c->vocab, t->end = c->vocab == BYTES_VOCAB ? '\n' : GPT2_VOCAB - 1;
+    if (c->vocab == BYTES_VOCAB)
+        for (int i = 0; i < BYTES_VOCAB; i++)
+            bytes[i] = (uint8_t)i, t->bytes[i] = bytes + i, t->length[i] = 1;
+    else if (*path) text_open(t, path);
     else printf("no gpt2_tokenizer.bin beside the data, so samples are token numbers: "
                 "`python data/tokenize.py --out DIR --tokenizer-only` writes it\n");
     if (t->vocab != c->vocab) die("tokenizer %s has %d tokens, the model %d", path, t->vocab, c->vocab);
 }
-static void resumed(const Config* c, const Archive* a) {  // is it the same data?
-    const char* const keys[] = {"data", "val_data"};
-    const uint64_t now[] = {c->data, c->val_data};
-    for (int i = 0; i < 2 && !c->new_data; i++)
-        if ((uint64_t)checkpoint_number(a, keys[i], 0x1p53) != now[i])
-            die("--%s is not the data that %s was trained on: size or content differ; --new-data goes on",
-                i ? "val" : "input", a->path);
-    printf("resumed from %s\n", shown(a->path));
-}
-
 __attribute__((unused)) static int run(int argc, char** argv, const Device* device) {
     static Config c;
     static Model m;
     static Text text;
     static Split training, validation;
+    static Questions questions;
     static Archive checkpoint;
     wait_briefly(argv);
-    // Descriptors 0 to 2, if they came closed, must not become a log's, which would get what is printed.
-    for (int fd = 0; fd >= 0 && fd <= 2; ) fd = open("/dev/null", O_RDONLY);
     signal(SIGBUS, on_bus_error);
     signal(SIGXFSZ, SIG_IGN);  // more than ulimit -f is an error like a full disk
-    config_parse(&c, argc, argv, NULL);
+    config_parse(&c, argc, argv, NULL, 0);
     if (c.help || argc < 2) { print_help(); return c.help ? 0 : 1; }
-    if (*c.generate && *c.dump) die("--generate and --dump are two things: give one of them");
+    const int uses = c.generate + c.evaluate + !!*c.exported, trains = !uses && !*c.dump;
+    if (uses + !!*c.dump > 1) die("--generate, --evaluate, --export and --dump exclude each other");
+    if (uses && !*c.load) die("--generate, --evaluate and --export want a model: --load FILE");
     if (c.resume && !*c.out) die("--resume needs the --out directory of the run to continue");
-    const long newest = *c.out && !*c.generate ? checkpoint_before(c.out, LONG_MAX) : -1;
-    const int loaded = *c.generate || newest >= 0;
-    if (*c.out && !*c.generate && !c.resume && (newest >= 0 || !access(form("%s/log.csv", c.out), F_OK)))
+    const char* saved = copied(checkpoint_path(c.out));
+    const int resumes = trains && c.resume && access(saved, F_OK) == 0, loads = resumes || *c.load;
+    if (trains && *c.out && !c.resume && (!access(saved, F_OK) || !access(form("%s/log.csv", c.out), F_OK)))
         die("%s holds a run already: --resume it, or name another --out", c.out);
-    if (loaded) {
-        archive_read(&checkpoint, *c.generate ? c.generate : checkpoint_path(c.out, newest));
-        config_parse(&c, argc, argv, &checkpoint);
+    if (loads) {
+        archive_read(&checkpoint, resumes ? saved : c.load);
+        config_parse(&c, argc, argv, &checkpoint, resumes);
         c.vocab = (int)checkpoint_number(&checkpoint, "vocab", 65536);
         if (c.vocab != BYTES_VOCAB && c.vocab != GPT2_VOCAB)
             die("%s was not trained on the kind of tokens known here: it has %d", checkpoint.path, c.vocab);
-        if (newest >= c.steps) {
-            printf("nothing to do: %s is there; a larger --steps goes on\n", shown(checkpoint.path));
+        if (resumes && checkpoint_number(&checkpoint, "step", 1e15) >= c.steps) {
+            printf("nothing to do: %s is of the last step; a larger --steps goes on\n", shown(saved));
             return 0;
         }
     }
-    if (!loaded && c.warmup >= c.steps) c.warmup = c.steps / 10;  // as the header says
-    if (*c.generate) c.batch = 1;
-    else splits_open(&c, &training, &validation);
+    if (!resumes && c.warmup >= c.steps) c.warmup = c.steps / 10;  // as the header says
+    if (c.generate) c.batch = 1;
+    if (c.evaluate || !uses) splits_open(&c, &training, &validation);
+    if (resumes && !c.new_data && checkpoint_number(&checkpoint, "data", 0x1p53) != (long)c.data)
+        die("the data is not what %s was trained on: size or content differ; --new-data goes on", saved);
     config_defaults(&c);
-    text.vocab = c.vocab, text.end = c.vocab == BYTES_VOCAB ? '\n' : GPT2_VOCAB - 1;
-    if (c.vocab != BYTES_VOCAB) table_open(&text, &c);
-    if (*c.dump || *c.generate) c.recompute = 0;  // both want every block's buffers
+    table_open(&text, &c);
+    if (*c.hellaswag && (trains || c.evaluate)) {
+        if (c.vocab == BYTES_VOCAB) die("--hellaswag asks in GPT-2's tokens, but this is a model of bytes");
+        if (c.batch < 4) die("--hellaswag wants --batch 4 or more: a question has four endings");
+        questions_open(&questions, c.hellaswag);
+    }
+    if (*c.dump || c.generate) c.recompute = 0;  // both want every block's buffers
     model_layout(&m, &c);
-    if (!*c.generate) print_header(&m, device, &training, &validation);
+    if (!uses) print_header(&m, device, &training, &validation);
     const int on_host = device->on_host || *c.dump;  // a dump wants every array
-    m.training = !*c.generate;
+    m.training = !uses;
     check_memory(&m, on_host);
     if (on_host) model_alloc_params(&m, m.training);
     device->open(&m);
-    if (loaded) checkpoint_load(&m, device, &checkpoint);
+    if (loads) checkpoint_load(&m, device, &checkpoint, resumes ? lasting(&m) : 1);
     else model_init(&m, device);
-    if (newest >= 0 && m.step != newest) die("%s is of another step", checkpoint.path);
-    if (*c.generate) generate(&m, device, &text, c.tokens);
+    if (loads && !c.generate) printf("%s %s, step %ld\n", resumes ? "resumed from" : "loaded",
+                                     shown(checkpoint.path), m.step);
+    if (trains && !resumes) m.step = m.sequence = 0;
+    if (!uses && device->describe) device->describe(&m);
+    if (c.generate) generate(&m, device, &text, c.tokens);
+    else if (c.evaluate) evaluate(&m, device, &validation, &questions, &text);
+    else if (trains) train(&m, device, &training, &validation, &questions, &text);
     else {
-        if (device->describe) device->describe(&m);
-        if (loaded) resumed(&c, &checkpoint);
-        if (*c.dump) dump(&m, device, &training);
-        else train(&m, device, &training, &validation, &text);
+        const char* to = *c.dump ? c.dump : c.exported;
+        const int error = *c.dump ? dump(&m, device, &training) : checkpoint_save(&m, device, to);
+        if (error) die("cannot write %s: %s", to, strerror(error));
+        printf("wrote %s\n", shown(to));
     }
     device->close(&m);
     model_free(&m);

@@ -2010,7 +2010,12 @@ static double run_batch(Model* m, int want_gradient) {
     CUDA(cudaStreamSynchronize(stream));
     return gpu.host_result->loss;
 }
-static double gpu_loss(Model* m) { return run_batch(m, 0); }
+static const float* gpu_losses(Model* m) {
+    float* losses = scratch(SCRATCH_TENSOR, m->rows);
+    run_batch(m, 0);
+    fetch_floats(losses, floats_of(m, 0, A_LOSSES), m->rows);
+    return losses;
+}
 static double gpu_trace(Model* m) {
     for (int k = 0; k < BUFFERS; k++) if (!m->buffers[k]) m->buffers[k] = floats(buffer_size(m, k));
     gpu.tracing = gpu.full = 1;
@@ -2019,10 +2024,6 @@ static double gpu_trace(Model* m) {
     if (!m->grads) m->grads = floats((double)m->num_params);
     CUDA(cudaMemcpy(m->grads, gpu.grads, sizeof(float) * (size_t)m->num_params, cudaMemcpyDeviceToHost));
     return loss;
-}
-static StepResult gpu_update(Model* m, double lr) {
-    is_fp32(m) ? finish_step<float>(m, lr) : finish_step<bf16>(m, lr);
-    return step_result(m);
 }
 // The whole window each time: a cache of keys and values would be another code path for a few ms.
 template <class S> static void next_gpu(Model* m, long length, float* logits) {
@@ -2074,8 +2075,8 @@ static const char* gpu_utilisation(const Model* m, double rate) {
     return gpu.ceiling > 0 ? form(" | %.0f %% of BF16", 100 * rate * flops_per_token(m) / gpu.ceiling) : "";
 }
 __attribute__((unused)) static const Device GPU = {
-    "GPU", 0, gpu_open, gpu_close, gpu_describe, gpu_step, gpu_loss, gpu_trace, gpu_update, gpu_next,
-    gpu_fetch, gpu_get, gpu_put, gpu_utilisation};
+    "GPU", 0, gpu_open, gpu_close, gpu_describe, gpu_step, gpu_losses, gpu_trace, gpu_next, gpu_fetch, gpu_get,
+    gpu_put, gpu_utilisation};
 
 #endif  // US_KERNELS_ONLY
 

@@ -22,7 +22,7 @@ for program in train_us train_us_emu; do
     for flags in "--scheme "{us,sp,mup,umup,us-pre,us-mean}" --precision "{fp32,bf16,fp8}" --optimizer "{adamw,lion} "--activation silu --recompute" "--scheme sp --activation relu --recompute"; do
         # shellcheck disable=SC2086
         if (one "$dir/a" "$dir/old/$program" $flags) & (one "$dir/b" "$new/$program" $flags) && wait $! &&
-            diff -r "$dir/a" "$dir/b" && [ -s "$dir/a/dump.safetensors" ] && [ -s "$dir/a/run/ckpt_00000050.safetensors" ]; then
+            diff -r "$dir/a" "$dir/b" && [ -s "$dir/a/dump.safetensors" ] && [ -s "$dir/a/run/checkpoint.safetensors" ]; then
             passed=$((passed + 1))
         else
             failed=$((failed + 1))
