@@ -1,13 +1,14 @@
 """
-Tests the scripts of this folder, as a user would run them: tokenize.py, tinyshakespeare.sh and fineweb.py.
+Tests the scripts of this folder, as a user would run them: tokenize.py, tinyshakespeare.sh, fineweb.py and
+hellaswag.py.
 Of dev/reference.py it tests the one line about a package or a dump that is missing or damaged.
 
     python data/test_data.py
     python data/test_data.py --vocab vocab.bpe --encoder encoder.json     # with GPT-2's real vocabulary too
 
-Needs no network: a web server on 127.0.0.1 stands in for Hugging Face, a script for curl, and a vocabulary of
-264 tokens for GPT-2's. What needs tiktoken or torch is skipped and counted where they are not installed.
-Takes about half a minute.
+Needs no network: web servers on 127.0.0.1 stand in for Hugging Face and GitHub, a script for curl, and a
+vocabulary of 264 tokens for GPT-2's. What needs tiktoken or torch is skipped and counted where they are not
+installed. Takes about half a minute.
 """
 
 import os
@@ -35,7 +36,7 @@ import threading
 import time
 
 TOKENIZE, FINEWEB = os.path.join(HERE, "tokenize.py"), os.path.join(HERE, "fineweb.py")
-SHAKESPEARE = os.path.join(HERE, "tinyshakespeare.sh")
+SHAKESPEARE, HELLASWAG = os.path.join(HERE, "tinyshakespeare.sh"), os.path.join(HERE, "hellaswag.py")
 REFERENCE = os.path.join(os.path.dirname(HERE), "dev", "reference.py")
 HAVE_TIKTOKEN = importlib.util.find_spec("tiktoken") is not None
 HAVE_REFERENCE = all(importlib.util.find_spec(name) for name in ("numpy", "safetensors", "torch"))
@@ -575,6 +576,212 @@ def test_fineweb(tmp):
 
 
 # ----------------------------------------------------------------------------------------------------------
+# hellaswag.py
+
+def eval_questions(path):
+    """An independent reader of the format: [(label, context, endings)], and every byte is accounted for."""
+    data = read(path)
+    header = struct.unpack("<256i", data[:1024])
+    values, at, questions, longest = struct.unpack(f"<{(len(data) - 1024) // 2}H", data[1024:]), 0, [], 0
+    while at < len(values):
+        start, size, index, label, endings = values[at:at + 5]
+        assert (start, index) == (65535, len(questions)) and label < endings == 4, (path, at)
+        lists, end = [], at + 5
+        for _ in range(1 + endings):
+            lists.append(list(values[end + 1:end + 1 + values[end]]))
+            end += 1 + values[end]
+        assert size == 2 * (end - at), (path, at, size)
+        questions.append((label, lists[0], lists[1:]))
+        at, longest = end, max(longest, size)
+    assert header == (20240522, 1, len(questions), longest) + (0,) * 252 and at == len(values), path
+    assert len(data) == 1024 + 2 * at, path
+    return questions
+
+
+def question(ctx="the hell", endings=("a", "b", "c", "d"), label=0, **more):
+    return {"ctx": ctx, "endings": list(endings), "label": label, **more}
+
+
+def test_hellaswag_results(tmp, vocab):
+    asked = [question("the hell", ["he", "the", "well.", ""], 2, ind=24, split="val"),
+             question("d\u00e9j\u00e0 <|endoftext|>\n\n", ["he" * 70, " x", "\U0001f642", "a b"], 3),
+             question("hello ", ["\nx", "y", "z", "the"], 0)]
+    lines = [json.dumps(asked[0]), "", json.dumps(asked[1], ensure_ascii=False), json.dumps(asked[2])]
+    path, out = write(f"{tmp}/q.jsonl", "\n".join(lines)), f"{tmp}/out"
+    said = works("questions", python(HELLASWAG, path, "--out", out, *vocab))
+    check("one file", listing(out) == ["q.bin"], listing(out))
+    questions = eval_questions(f"{out}/q.bin")
+    # Spaces and newlines are bytes 32 and 10, the 33rd and 11th of the invisible ones (188 + ...).
+    check("a question by hand", questions[0] == (2, [*letters("t"), 256, 220, 260], [
+        [220, 256], [259], [220, *letters("we"), 257, *letters(".")], [220]]), questions[0])
+    works("table", python(TOKENIZE, "--out", f"{tmp}/table", "--tokenizer-only", *vocab))
+    table, data = [], read(f"{tmp}/table/gpt2_tokenizer.bin")[1024:]
+    while data:
+        table.append(data[1:1 + data[0]])
+        data = data[1 + data[0]:]
+    back = [(label, *[b"".join(table[t] for t in tokens).decode() for tokens in (ctx, *endings)])
+            for label, ctx, endings in questions]
+    check("all of them as text", back == [(q["label"], q["ctx"], *[" " + e for e in q["endings"]])
+                                          for q in asked], back)
+    longest = max(len(ctx) + max(map(len, endings)) for _, ctx, endings in questions)
+    size, digest = os.path.getsize(f"{out}/q.bin"), hashlib.sha256(read(path)).hexdigest()
+    check("what it says", f"wrote {out}/q.bin, 3 questions, {size} bytes; the longest, with one ending, has "
+          f"{longest} tokens" in said and f"sha256 {digest}, which is not that of" in said, said)
+
+    before = os.stat(f"{out}/q.bin").st_mtime_ns
+    said = works("again", python(HELLASWAG, path, "--out", out, *vocab))
+    check("left alone", os.stat(f"{out}/q.bin").st_mtime_ns == before and "already there and correct" in said)
+    write(f"{out}/q.bin", read(f"{out}/q.bin")[:-2])
+    works("damaged result", python(HELLASWAG, path, "--out", out, *vocab))
+    check("is written again", eval_questions(f"{out}/q.bin") == questions)
+    write(path, json.dumps(asked[1]) + "\r\n" + json.dumps(asked[0]) + "\r\n")
+    works("other questions", python(HELLASWAG, path, "--out", out, *vocab))
+    check("replace the result", eval_questions(f"{out}/q.bin") == [questions[1], questions[0]])
+    check("no temporary files", listing(out) == ["q.bin"], listing(out))
+
+    # A context of one-byte tokens, so that the question has as many bytes as the format holds, and two more.
+    most = 65534 // 2 - 5 - 5 - 4 * 2
+    path = write(f"{tmp}/most.jsonl", json.dumps(question("x" * most)))
+    works("longest question", python(HELLASWAG, path, "--out", out, *vocab))
+    check("its size", os.path.getsize(f"{out}/most.bin") == 1024 + 65534 and eval_questions(f"{out}/most.bin"))
+    path = write(f"{tmp}/more.jsonl", "\n\n" + json.dumps(question("x" * (most + 1))))
+    fails("too long", python(HELLASWAG, path, "--out", out, *vocab), "hellaswag.py: ", "more.jsonl, line 3",
+          "65536 bytes", "holds 65535")
+    check("too long: leaves nothing", listing(out) == ["most.bin", "q.bin"], listing(out))
+
+
+def test_hellaswag_errors(tmp, vocab):
+    out, good = f"{tmp}/bad", json.dumps(question())
+
+    def bad(name, path, *words, vocab=vocab, out=out):
+        fails(f"hellaswag.py, {name}", python(HELLASWAG, path, "--out", out, *vocab), "hellaswag.py: ", *words)
+        check(f"hellaswag.py, {name}: leaves nothing", listing(out) == [], listing(out))
+
+    def without_key(key):
+        return json.dumps({k: v for k, v in question().items() if k != key})
+
+    for name, line, word in [
+            ("not JSON", good[:-1], "is not JSON"), ("not UTF-8", b"\xff\xfe\xfd", "is not JSON"),
+            ("deep", "[" * 200000, "is not JSON"), ("a list", "[1]", "is not an object"),
+            *[(f"no {key}", without_key(key), f'has no "{key}"') for key in question()],
+            ("ctx is a number", json.dumps(question(3)), '"ctx" is not a text'),
+            ("empty ctx", json.dumps(question("")), "or is empty"),
+            ("3 endings", json.dumps(question(endings="abc")), "not a list of 4 texts"),
+            ("5 endings", json.dumps(question(endings="abcde")), "not a list of 4 texts"),
+            ("ending is null", json.dumps(question(endings=["a", "b", "c", None])), "not a list of 4 texts"),
+            ("endings is a text", json.dumps({**question(), "endings": "abcd"}), "not a list of 4 texts"),
+            *[(f"label {label}", json.dumps(question(label=label)), f'"label" is {json.dumps(label)},')
+              for label in (-1, 4, "1", "", True, 1.0, None, float("nan"))]]:
+        path = write(f"{tmp}/line.jsonl", good.encode() + b"\n\n"
+                     + (line.encode() if isinstance(line, str) else line) + b"\n" + good.encode())
+        bad(name, path, f"{path}, line 3: ", word)
+    bad("no questions", write(f"{tmp}/empty.jsonl", "\n \n"), "empty.jsonl has no questions")
+    bad("too many", write(f"{tmp}/many.jsonl", (good + "\n") * 65536), "65536 questions", "holds 65535")
+    bad("missing", f"{tmp}/none.jsonl", "none.jsonl: No such file")
+    bad("another ending of its name", write(f"{tmp}/x.json", good), "x.json: has to be a .jsonl file")
+    os.makedirs(f"{tmp}/folder.jsonl")
+    bad("a folder", f"{tmp}/folder.jsonl", "Is a directory")
+    path = write(f"{tmp}/good.jsonl", good)
+    bad("out is a file", path, "is a file", out=path)
+    bad("out cannot be made", path, "/dev/null/x: Not a directory", out="/dev/null/x")
+    bad("half of the pair", path, "--encoder go together", vocab=vocab[:2])
+    bad("missing vocab", path, "none.bpe: No such file", vocab=["--vocab", f"{tmp}/none.bpe", *vocab[2:]])
+    bad("noise as encoder", path, "is not a GPT-2 encoder.json", vocab=[*vocab[:3], path])
+    fails("hellaswag.py, unknown flag", python(HELLASWAG, path, "--outs", out), "--outs")
+    done = python(HELLASWAG, path, "--out", out, env=NO_DOWNLOAD)
+    fails("hellaswag.py, no vocabulary", done, "hellaswag.py: ", "could not download", "--vocab", "--encoder")
+    fails("hellaswag.py, no tiktoken", python(HELLASWAG, path, "--out", out, env=without(tmp, "tiktoken")),
+          "hellaswag.py: ", "pip install tiktoken")
+    check("hellaswag.py, no vocabulary: leaves nothing", listing(out) == [], listing(out))
+
+
+class FakeSite(http.server.BaseHTTPRequestHandler):
+    content, status, break_after, asked = b"", 200, None, []
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        cls = type(self)
+        cls.asked.append(self.path)
+        if cls.status != 200:
+            return self.send_error(cls.status)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(cls.content)))
+        self.end_headers()
+        self.wfile.write(cls.content[:cls.break_after])
+
+
+def test_hellaswag_fetch(tmp, vocab):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), FakeSite)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    content = "".join(json.dumps(question(label=i % 4)) + "\n" for i in range(1000)).encode()
+    with open(HELLASWAG) as f:
+        script = f.read()
+    url = re.search('^URL = "(.*)"$', script, re.M)[1]
+    # The script as it is, but for this test's server and the sha256 of its content.
+    base, digest = f"http://127.0.0.1:{server.server_port}", hashlib.sha256(content).hexdigest()
+    script = re.sub('(?m)^SHA256 = "[0-9a-f]{64}"$', f'SHA256 = "{digest}"', script)
+    script = script.replace(f'URL = "{url}"', f'URL = "{base}/x/hellaswag_val.jsonl"')
+    os.makedirs(f"{tmp}/data")
+    shutil.copy(TOKENIZE, f"{tmp}/data")
+    script, both = write(f"{tmp}/data/hellaswag.py", script), ["hellaswag_val.bin", "hellaswag_val.jsonl"]
+
+    def fetch(folder, data=content, status=200, break_after=None, env={}):
+        FakeSite.content, FakeSite.status, FakeSite.break_after, FakeSite.asked = data, status, break_after, []
+        return python(script, *(["--out", f"{tmp}/{folder}"] if folder else []), *vocab, env=env)
+
+    out, default = works("fetched", fetch(None)), f"{tmp}/data/hellaswag"
+    check("fetched: to the default folder", listing(default) == both, listing(default))
+    check("fetched: the files", read(f"{default}/{both[1]}") == content
+          and [q[0] for q in eval_questions(f"{default}/{both[0]}")] == [0, 1, 2, 3] * 250)
+    good = f"sha256 {digest}, HellaSwag's validation set" in out and "1000 questions" in out
+    check("fetched: says so", good, out)
+    check("fetched: what was asked for", FakeSite.asked == ["/x/hellaswag_val.jsonl"], FakeSite.asked)
+    out = works("fetched again", fetch(None, status=404))
+    check("fetched again: no request", FakeSite.asked == [] and "already there and correct" in out, out)
+
+    def bad(name, done, folder, *words):
+        fails(f"hellaswag.py, {name}", done, "hellaswag.py: ", *words)
+        left = listing(f"{tmp}/{folder}")
+        check(f"hellaswag.py, {name}: leaves nothing", left == [], left)
+
+    bad("404", fetch("a", status=404), "a", "/x/hellaswag_val.jsonl: the server answers 404", "other means")
+    bad("broken off", fetch("b", break_after=1000), "b", "broke off after 1000 bytes", "run this again")
+    bad("another file", fetch("c", content[:-1]), "c", "is not the expected file", "try again later")
+    os.makedirs(f"{tmp}/d")
+    write(f"{tmp}/d/{both[1]}", content[:-1])
+    fails("another file is there", fetch("d"), f"{tmp}/d/{both[1]}", "move it away", "FILE")
+    check("another file is there: stays", listing(f"{tmp}/d") == both[1:] and FakeSite.asked == [])
+    fails("fetched, no tiktoken", fetch("e", env=without(tmp, "tiktoken")), "pip install tiktoken")
+    check("fetched, no tiktoken: the download stays", read(f"{tmp}/e/{both[1]}") == content)
+    works("and with tiktoken", fetch("e"))
+    check("and with tiktoken: no request", FakeSite.asked == [] and listing(f"{tmp}/e") == both)
+    server.shutdown()
+    server.server_close()
+
+    done = fetch("n n")
+    bad("no network", done, "n n", f"could not reach {base}/x/hellaswag_val.jsonl", "is there a network?",
+        f"put it at {tmp}/n n/hellaswag_val.jsonl")
+    write(f"{tmp}/n n/{both[1]}", content)
+    command = shlex.split(done.stderr.partition("this works: ")[2])
+    check("no network: the command it names", command[:2] == ["python", script], command)
+    works("no network: it works", python(*command[1:]))
+    check("no network: the result", read(f"{tmp}/n n/{both[0]}") == read(f"{default}/{both[0]}"))
+    bad("no network, as it is", python(HELLASWAG, "--out", f"{tmp}/f", env=NO_DOWNLOAD), "f",
+        f"could not reach {url}")
+    real = os.path.join(HERE, "hellaswag", both[1])
+    if os.path.exists(real):
+        os.makedirs(f"{tmp}/g")
+        os.symlink(real, f"{tmp}/g/{both[1]}")
+        out = works("the real file", python(HELLASWAG, "--out", f"{tmp}/g", *vocab))
+        check("the real file: its questions", "10042 questions" in out and len(eval_questions(
+            f"{tmp}/g/{both[0]}")) == 10042, out)
+    else:
+        skip("HellaSwag's own file", "no data/hellaswag/hellaswag_val.jsonl")
+
+
+# ----------------------------------------------------------------------------------------------------------
 # dev/reference.py
 
 def test_reference(tmp):
@@ -606,14 +813,15 @@ def main():
     if bool(args.vocab) != bool(args.encoder):
         sys.exit("test_data.py: --vocab and --encoder go together: give both or neither")
 
-    tests = [test_tokenize_results, test_tokenize_documents, test_tokenize_shards, test_tokenize_pieces,
-             test_tokenize_errors, test_tokenize_decode_errors, test_tokenize_interrupted]
-    tests += [test_tokenize_without_tiktoken, test_tokenize_gpt2, test_tinyshakespeare, test_fineweb,
+    with_vocab = [test_tokenize_results, test_tokenize_documents, test_tokenize_shards, test_tokenize_pieces,
+                  test_tokenize_errors, test_tokenize_decode_errors, test_tokenize_interrupted,
+                  test_hellaswag_results, test_hellaswag_errors, test_hellaswag_fetch]
+    others = [test_tokenize_without_tiktoken, test_tokenize_gpt2, test_tinyshakespeare, test_fineweb,
               test_reference]
-    for test in tests:
+    for test in with_vocab + others:
         with tempfile.TemporaryDirectory() as tmp:
             make_vocab(tmp)
-            needs_tiktoken = test in tests[:7] or test == test_tokenize_gpt2
+            needs_tiktoken = test in with_vocab or test == test_tokenize_gpt2
             try:
                 if needs_tiktoken and not HAVE_TIKTOKEN:
                     skip(test.__name__, "tiktoken is not installed")
@@ -621,7 +829,7 @@ def main():
                     skip("GPT-2's own vocabulary", "give --vocab and --encoder")
                 elif test == test_tokenize_gpt2:
                     test(tmp, args)
-                elif test in tests[:7]:
+                elif test in with_vocab:
                     test(tmp, ["--vocab", f"{tmp}/vocab.bpe", "--encoder", f"{tmp}/encoder.json"])
                 else:
                     test(tmp)
