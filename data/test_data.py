@@ -623,6 +623,7 @@ def test_hellaswag_results(tmp, vocab):
             for label, ctx, endings in questions]
     check("all of them as text", back == [(q["label"], q["ctx"], *[" " + e for e in q["endings"]])
                                           for q in asked], back)
+    check("end-of-text in a question is text", EOT not in questions[1][1], questions[1][1])
     longest = max(len(ctx) + max(map(len, endings)) for _, ctx, endings in questions)
     size, digest = os.path.getsize(f"{out}/q.bin"), hashlib.sha256(read(path)).hexdigest()
     check("what it says", f"wrote {out}/q.bin, 3 questions, {size} bytes; the longest, with one ending, has "
