@@ -1724,6 +1724,29 @@ static void test_generate(void) {
     logits[7] = logits[1], c.temperature = 0;
     check(sample_token(logits, &c, 1) == 1 && sample_token(logits, &c, 2) == 1,
           "of equals the first is taken");
+    // Of the k likeliest only, and each as often as it should be.
+    for (int k = 1; k <= 256; k = k == 3 ? 256 : k + 1) {
+        const int places[] = {3, 200, 77, 90, 250};
+        const double share[] = {4, 4, 2, 1, 1};
+        long drawn[256] = {0}, others = 0;
+        double sum = 0;
+        for (int i = 0; i < 256; i++) logits[i] = -99;
+        for (int i = 0; i < 5; i++) logits[places[i]] = logf((float)share[i]), sum += i < k ? share[i] : 0;
+        c.temperature = 1, c.top_k = k;
+        for (long i = 0; i < 20000; i++) drawn[sample_token(logits, &c, i)]++;
+        for (int i = 0; i < 5; i++) {
+            const double want = i < k ? 20000 * share[i] / sum : 0;
+            check(fabs((double)drawn[places[i]] - want) <= 6 * sqrt(want), "top-k %d: token %d: %ld times", k,
+                  places[i], drawn[places[i]]);
+            others += drawn[places[i]];
+        }
+        check(others == 20000, "top-k %d: other tokens were drawn", k);
+    }
+    c.top_k = 4;
+    int seen[256] = {0};
+    for (long i = 0; i < 2000; i++) seen[sample_token(logits, &c, i)]++;
+    check(seen[90] > 0 && seen[250] == 0, "of equals at the border the first is taken");
+    c.top_k = 0, c.temperature = 0, logits[1] = logits[7] = 9;
     check(labs(counts[0] - 10000) < 500 && counts[2] == 0, "samples follow the probabilities: %ld of 30000",
           counts[0]);
 }
@@ -1851,6 +1874,40 @@ static const float* alphabet_next(Model* m, long t0, long T) {
     logits[T == 4 || window_calls ? 'a' + (m->inputs[T - 1] - 'a' + 1) % 26 : 'a'] = 50;
     return logits;
 }
+// A stand-in whose third token ends a text.
+static int ending_calls;
+static const float* ending_next(Model* m, long t0, long T) {
+    static float logits[GPT2_VOCAB];
+    (void)m, (void)t0, (void)T;
+    memset(logits, 0, sizeof logits);
+    logits[++ending_calls == 3 ? GPT2_VOCAB - 1 : 5] = 50;
+    return logits;
+}
+static void test_ending(void) {
+    static Device fake;
+    static Text text;
+    Config c = small_config();
+    char path[1100], got[64];
+    fake.next = ending_next;
+    c.seq = 6, c.batch = 1, c.vocab = GPT2_VOCAB, c.prompt = "50256 7", c.temperature = 1;
+    c.input = c.tokenizer = "";
+    Model m;
+    model_layout(&m, &c);
+    m.inputs = (int*)floats(6);
+    text_file(path, sizeof path, "ended.txt");
+    fflush(stdout);
+    int out = dup(STDOUT_FILENO), file = open(path, O_WRONLY | O_CREAT | O_TRUNC, 0666);
+    dup2(file, STDOUT_FILENO);
+    table_open(&text, &c);
+    generate(&m, &fake, &text, 40);
+    fflush(stdout), dup2(out, STDOUT_FILENO), close(out), close(file);
+    read_text(path, got, sizeof got);
+    read_text(path, result.out, sizeof result.out);
+    const char* printed = strchr(result.out, '\n');
+    check(ending_calls == 3 && printed && strcmp(printed, "\n 50256 7 5 5\n") == 0, "%d tokens: %s",
+          ending_calls, result.out);
+    model_free(&m);
+}
 static void test_window(void) {
     static Device fake;
     fake.next = alphabet_next;
@@ -1869,6 +1926,253 @@ static void test_window(void) {
     check(window_calls == 40 && window_errors == 0, "%d calls, %d windows are wrong", window_calls,
           window_errors);
     model_free(&m);
+}
+
+// -----------------------------------------------------------------------------------------------------------
+// From training to use
+
+// The last line that a run printed.
+static const char* last_line(void) {
+    static char line[400];
+    char* end = strrchr(result.out, '\n');
+    if (!end || end == result.out) return "";
+    *end = 0;
+    const char* begin = strrchr(result.out, '\n');
+    snprintf(line, sizeof line, "%.399s", begin ? begin + 1 : result.out);
+    *end = '\n';
+    return line;
+}
+// An exported model is the trained one: validation and text are the same, and a step's dump to the last bit.
+// Its matrices are the codes that the matmuls read.
+static void served(const char* scheme, int precision) {
+    const char* p = PRECISIONS[precision].name;
+    char path[1100], trained[400], name[64], text[400], flags[400];
+    snprintf(flags, sizeof flags, "--input train_us.c --steps 5 --scheme %s --precision %s --out %%s/served "
+             "--eval-tokens 3000 " TINY, scheme, p);
+    shell("rm -rf '%s/served'");
+    check(run_us(flags)->status == 0, "training: %s", result.err);
+    const char* says = strstr(result.out, "validation loss ");
+    snprintf(trained, sizeof trained, "%.22s", says ? says : "");
+    check(run_us("--load %s/served/checkpoint.safetensors --export %s/served/model")->status == 0, "%s",
+          result.err);
+    for (int exported = 0; exported < 2; exported++) {
+        const char* model = exported ? "--load %s/served/model" : "--load %s/served/checkpoint.safetensors";
+        check(run_us(form("%s --evaluate --eval-tokens 3000", model))->status == 0, "%s", result.err);
+        check(strncmp(last_line(), trained, 22) == 0 && strstr(last_line(), ", of 3008 bytes"),
+              "%s %s %d: training's validation is '%s', --evaluate's '%s'", scheme, p, exported, trained,
+              last_line());
+        run_us(form("%s --generate --tokens 30 --prompt 'int '", model));
+        check(result.status == 0 && strncmp(result.out, "int ", 4) == 0, "%s", result.err);
+        if (exported) check(strcmp(result.out, text) == 0, "%s %s: another text", scheme, p);
+        else snprintf(text, sizeof text, "%.399s", result.out);
+        check(run_us(form("%s --dump %%s/served/dump%d", model, exported))->status == 0, "%s", result.err);
+    }
+    // The dumps differ in the parameters only: masters here, what is read of them there.
+    Archive a, b, c;
+    Config config = small_config();
+    config.layers = 2, config.width = 32, config.heads = 2, config.seq = 16, config.precision = precision;
+    config.scheme = find_choice("us|sp|mup|umup", scheme);
+    Model m;
+    model_layout(&m, &config);
+    text_file(path, sizeof path, "served/dump0"), archive_read(&a, path);
+    text_file(path, sizeof path, "served/dump1"), archive_read(&b, path);
+    text_file(path, sizeof path, "served/model"), archive_read(&c, path);
+    const char* const same[] = {"act.logits", "loss",   "act.h.1.up", "act.h.1.x",
+                                "tokens",     "targets", "grad.wte",   "grad.h.0.qkv"};
+    for (int i = 0; i < 8; i++) {
+        const Found x = archive_tensor(&a, same[i]), y = archive_tensor(&b, same[i]);
+        check(x.values == y.values && memcmp(x.data, y.data, 4 * (size_t)x.values) == 0,
+              "%s %s: %s is not the same", scheme, p, same[i]);
+    }
+    long tensors = 0, bytes = 0;
+    for (const char* at = c.header; (at = strstr(at, "{\"dtype\"")) != NULL; at++) tensors++;
+    for (const Tensor* t = m.tensors; t < m.tensors + m.num_tensors; t++) {
+        const Format f = t->use >= GAIN || precision == 0 ? FP32
+                       : precision == 2 && is_hidden(t)   ? E4M3 : BF16;
+        const Found x = archive_tensor(&c, t->name);
+        snprintf(name, sizeof name, "param.%s", t->name);
+        const float* master = state_of(&a, "%s%s%s", name, "", "");
+        const float* read = state_of(&b, "%s%s%s", name, "", "");
+        int wrong = x.dtype != (int)f || x.values != t->rows * t->cols;
+        for (long i = 0; i < x.values && !wrong; i++) {
+            wrong += read[i] != round_to(master[i], f);
+            if (f == E4M3) wrong += x.data[i] != fp8_encode(round_bf16(master[i]), E4M3);
+        }
+        check(wrong == 0, "%s %s: %s is not what its matmul reads", scheme, p, t->name);
+        bytes += x.values * (f == FP32 ? 4 : f == BF16 ? 2 : 1);
+    }
+    check(tensors == m.num_tensors && c.size == bytes, "nothing else is in the exported file");
+    check(run_us("--load %s/served/model --export %s/served/again")->status == 0, "%s", result.err);
+    check(same_files("served/model", "served/again"), "an exported model is exported as it is");
+    model_free(&m);
+}
+static void test_served(void) {
+    served("us", 2), served("us", 0), served("sp", 1), served("umup", 2);
+    // W8A8 of another precision's model is that model's W8A8: casting is one rounding, whenever it is done.
+    run_us("--load %s/served/checkpoint.safetensors --precision bf16 --export %s/bf16");
+    run_us("--load %s/bf16 --precision fp8 --export %s/fp8");
+    check(same_files("fp8", "served/model"), "by way of BF16: the same file");
+    check(run_us("--load %s/bf16 --precision fp8 --evaluate")->status == 0, "%s", result.err);
+    // Without the text that it was trained on, with another.
+    shell("cp train_us.c '%s/gone.txt'");
+    run_us("--input %s/gone.txt --steps 2 --out %s/gone " TINY);
+    shell("rm '%s/gone.txt'");
+    check_fails("--load %s/gone/checkpoint.safetensors --evaluate", "no file matches");
+    check(run_us("--load %s/gone/checkpoint.safetensors --evaluate --val README.md")->status == 0, "%s",
+          result.err);
+    struct stat st;
+    stat("README.md", &st);
+    const char* all = form(", of %ld bytes", (long)(st.st_size - 1) / 16 * 16);
+    check(strstr(last_line(), all) != NULL, "all of it: %s", last_line());
+    const double loss = atof(last_line() + 16), bits = atof(strchr(last_line(), ',') + 1),
+                 perplexity = atof(strstr(last_line(), "perplexity ") + 11);
+    check(fabs(bits - loss / log(2)) < 2e-4 && fabs(perplexity / exp(loss) - 1) < 1e-3, "%s", last_line());
+    // Fine-tuning: step 1 of a run of its own, from these parameters, with any optimizer; it goes on as any.
+    shell("rm -rf '%s/tuned' && mkdir -p '%s/tuned'");
+    run_us("--load %s/served/model --optimizer lion --lr 0.01 --out %s/tuned --steps 3 --warmup 0");
+    check(result.status == 0, "%s", result.err);
+    char path[1100], log[4000];
+    Archive dump;
+    text_file(path, sizeof path, "tuned/log.csv"), read_text(path, log, sizeof log);
+    text_file(path, sizeof path, "served/dump1"), archive_read(&dump, path);
+    const double first = atof(strstr(log, "\n1,") + 3), want = *archive_find(&dump, "loss", 1, 1);
+    check_below(fabs(first / want - 1), 1e-5, "the first step's loss:", "--load");
+    check(strstr(log, "\n3,") != NULL, "three steps: %s", log);
+    check_fails("--load %s/served/model --out %s/tuned", "holds a run already");
+    check(run_us("--load %s/served/model --out %s/tuned --resume --steps 4")->status == 0 &&
+              strstr(result.out, "resumed from") && !strstr(result.out, "step 3/4"), "%s", result.err);
+    check_fails("--load %s/served/model --width 64 --steps 3", "--width 64 does not fit checkpoint");
+    check_fails("--load %s/served/model --export %s/no/such", "cannot write");
+    check_fails("--load %s/served/model --evaluate --hellaswag README.md", "asks in GPT-2's tokens");
+    check_fails("--out %s/tuned --resume --steps 9 --optimizer adamw", "--optimizer adamw does not fit");
+}
+
+// HellaSwag's file from made-up questions, and their answers by the definition: each ending by itself.
+enum { ASKED = 23, LONGEST = 60 };
+typedef struct { int label, context, ending[4]; uint16_t tokens[5][LONGEST]; } Question;
+static long write_questions(uint16_t* w, const Question* q, int n) {  // returns how many words
+    const uint32_t header[256] = {QUESTIONS_MAGIC, 1, (uint32_t)n};
+    uint16_t* at = w + 512;
+    memcpy(w, header, 1024);
+    for (int i = 0; i < n; i++) {
+        uint16_t* begin = at;
+        const uint16_t head[] = {65535, 0, (uint16_t)i, (uint16_t)q[i].label, 4};
+        memcpy(at, head, sizeof head), at += 5;
+        for (int part = 0; part < 5; part++) {
+            const int length = part ? q[i].ending[part - 1] : q[i].context;
+            *at++ = (uint16_t)length;
+            memcpy(at, q[i].tokens[part], sizeof(uint16_t) * (size_t)length), at += length;
+        }
+        begin[1] = (uint16_t)(2 * (at - begin));
+    }
+    return at - w;
+}
+static int choice_of(Model* m, const Question* q) {
+    double mean[4];
+    int best = 0;
+    for (int k = 0; k < 4; k++) {
+        uint16_t all[2 * LONGEST];
+        const int n = q->context + q->ending[k], T = m->c.seq;
+        memcpy(all, q->tokens[0], sizeof(uint16_t) * (size_t)q->context);
+        memcpy(all + q->context, q->tokens[k + 1], sizeof(uint16_t) * (size_t)q->ending[k]);
+        const int first = n > T + 1 ? n - T - 1 : 0, length = n - first - 1;
+        int count = 0;
+        for (int t = 0; t < length; t++) m->inputs[t] = all[first + t];
+        model_forward(m, 1, 0, length), model_logits(m, 0, length);
+        mean[k] = 0;
+        for (int t = 0; t < length; t++) {
+            const float* z = buffer(m, 0, A_LOGITS, t);
+            double sum = 0;
+            if (first + t + 1 < q->context) continue;
+            for (int v = 0; v < m->c.vocab; v++) sum += exp((double)z[v]);
+            mean[k] += log(sum) - z[all[first + t + 1]], count++;
+        }
+        mean[k] /= count;
+        if (mean[k] < mean[best]) best = k;
+    }
+    return best;
+}
+static void test_hellaswag(void) {
+    static Question q[ASKED];
+    static uint16_t words[512 + ASKED * (10 + 5 * LONGEST)], bad[sizeof words / 2];
+    char path[1100], shard[1100];
+    const int batches[] = {4, 7};
+    int right = 0, choices[4] = {0};
+    uint64_t at = 0;
+    for (int i = 0; i < ASKED; i++) {
+        q[i].context = 1 + (int)(random_u64(3, 3, at++) % (i % 4 ? 12 : LONGEST));
+        for (int part = 0; part < 5; part++) {
+            if (part) q[i].ending[part - 1] = 1 + (int)(random_u64(3, 3, at++) % (i == 5 ? LONGEST : 9));
+            for (int t = 0; t < LONGEST; t++)
+                q[i].tokens[part][t] = (uint16_t)(random_u64(3, 3, at++) % GPT2_VOCAB);
+        }
+    }
+    text_file(path, sizeof path, "questions.bin"), text_file(shard, sizeof shard, "words.bin");
+    write_shard(shard, q[0].tokens[0], 5 * LONGEST, 5 * LONGEST);
+    for (int i = 0; i < 2; i++) {
+        Tokens tokens;
+        Questions questions = {0};
+        Config c = small_config();
+        c.precision = 0, c.layers = 1, c.width = 32, c.heads = 1, c.seq = 24, c.batch = batches[i];
+        c.vocab = GPT2_VOCAB;
+        Model m = text_model_on(device, c, &tokens, shard), cpu;
+        c.batch = 1;
+        cpu = text_model(c, &tokens, shard);
+        for (int k = 0; k < ASKED && i == 0; k++) {  // every third is answered right
+            const int choice = choice_of(&cpu, &q[k]);
+            choices[choice]++;
+            q[k].label = k % 3 ? (choice + k % 3) % 4 : choice;
+            right += k % 3 == 0;
+        }
+        write_file(path, words, 2 * (size_t)write_questions(words, q, ASKED));
+        questions_open(&questions, path);
+        check(questions.count == ASKED && questions.longest > 64, "%ld questions", questions.count);
+        const double found = hellaswag(&m, device, &questions) * ASKED;
+        check(lround(found) == right, "batch %d: %g of %d are right, not %d", batches[i], found, ASKED,
+              right);
+        check(m.rows == batches[i] * 24 && m.c.batch == batches[i], "the batch is as it was");
+        device->close(&m), model_free(&m), model_free(&cpu), forget(&tokens);
+    }
+    check(choices[0] && choices[1] && choices[2] && choices[3], "all four answers are given");
+    // In training, in its log, and afterwards: the same share.
+    const char* model = "--layers 1 --width 32 --heads 1 --seq 24 --batch 4 --eval-every 1 --tokens 1";
+    run_us(form("--input %%s/words.bin --hellaswag %%s/questions.bin --steps 2 --out %%s/asked %s", model));
+    check(result.status == 0, "%s", result.err);
+    const char* step = strstr(result.out, "step 2/2 | loss ");
+    const char* share = step ? strstr(step, " | hellaswag ") : NULL;
+    char log[4000], value[16];
+    check(share != NULL, "a step says it: %s", result.out);
+    snprintf(value, sizeof value, "%.6s", share ? share + 13 : "");
+    text_file(path, sizeof path, "asked/log.csv"), read_text(path, log, sizeof log);
+    const char* column = strrchr(log, ',');
+    check(column && strncmp(column + 1, value, 6) == 0, "log.csv ends with %s, not %s", column, value);
+    check(run_us("--load %s/asked/checkpoint.safetensors --evaluate")->status == 0, "%s", result.err);
+    const char* of = form("hellaswag: %.0f of %d right, %s", atof(value) * ASKED, ASKED, value);
+    check(strcmp(last_line(), of) == 0 && strstr(result.out, ", perplexity "), "%s, not %s", last_line(), of);
+    check(!strstr(result.out, "bits per byte"), "without a table nobody knows the bytes");
+    check_fails(form("--input %%s/words.bin --hellaswag %%s/questions.bin %s --batch 3", model), "--batch 4");
+    check(run_us("--load %s/asked/checkpoint.safetensors --evaluate --hellaswag ''")->status == 0 &&
+              !strstr(result.out, "hellaswag"), "without questions: %s", result.out);
+    // Damaged files.
+    const long size = write_questions(words, q, ASKED);
+    const struct { long word; int value; const char* says; } damage[] = {
+        {0, 7, "is not a file of questions"}, {2, 2, "is not a file of questions"},
+        {4, 22, "23 questions, 22 by its header"}, {4, 24, "23 questions, 24 by its header"}, {512, 1, "damaged in question 0"},
+        {513, 8, "damaged in question 0"}, {515, 4, "damaged in question 0"},
+        {516, 3, "damaged in question 0"}, {517, 0, "damaged in question 0"},
+        {517, 65535, "damaged in question 0"}, {518, 50257, "damaged in question 0"},
+        {size - 1, 50257, "damaged in question 22"}, {-900, 0, "is not a file of questions"},
+        {-1024, 0, "is damaged: 0 questions"}, {-2 * size + 1, 0, "damaged in question 22"},
+        {-2 * size - 1, 0, "is damaged: 23 questions"}};
+    for (size_t i = 0; i < sizeof damage / sizeof *damage; i++) {  // a negative word: the file's length
+        const long word = damage[i].word;
+        memcpy(bad, words, sizeof words);
+        if (word >= 0) bad[word] = (uint16_t)damage[i].value;
+        text_file(path, sizeof path, "bad_questions.bin");
+        write_file(path, bad, (size_t)(word < 0 ? -word : 2 * size));
+        check_fails("--load %s/asked/checkpoint.safetensors --evaluate --hellaswag %s/bad_questions.bin",
+                    damage[i].says);
+    }
 }
 
 // -----------------------------------------------------------------------------------------------------------
@@ -2228,7 +2532,8 @@ static void test_changing_devices(void) {
         shell("rm -rf '%s/a' '%s/b'");
         run_on = order[i];
         check(run_us(flags)->status == 0, "training: %s", result.err);
-        shell("mkdir '%s/b' && cp '%s'/a/*4.safetensors '%s'/a/log.csv '%s/b'");
+        shell("mkdir '%s/b' && cp '%s/a/log.csv' '%s/b'");
+        shell("cp '%s/a/step_00000004.safetensors' '%s/b/checkpoint.safetensors'");
         run_on = order[1 - i];
         check(run_us("--out %s/b --resume")->status == 0, "resuming elsewhere: %s", result.err);
         run_on = "";
@@ -2293,6 +2598,7 @@ static const struct { const char* name; void (*test)(void); int group; } TESTS[]
     TEST(large_logits), CPU_TEST(gradients), CPU_TEST(table), CPU_TEST(umup), CPU_TEST(mup_is_sp),
     CPU_TEST(data), CPU_TEST(text), CPU_TEST(printing), CPU_TEST(archive), TEST(oracle),
     CPU_TEST(model_gradient), CPU_TEST(accumulation), CPU_TEST(generate), CPU_TEST(window),
+    CPU_TEST(ending), RUN_TEST(served), RUN_TEST(hellaswag),
     RUN_TEST(held_out), CPU_TEST(dump), TEST(unit_scale), CPU_TEST(attention_variance), RUN_TEST(training),
     RUN_TEST(command_line), RUN_TEST(bad_files), RUN_TEST(checkpoints), RUN_TEST(nothing_lost),
     TEST(validation),

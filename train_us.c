@@ -2229,7 +2229,7 @@ static void questions_open(Questions* q, const char* path) {
         if (!good || w[begin + 1] != 2 * (at - begin)) die("%s is damaged in question %ld", path, q->count);
     }
     if (q->count != (long)read_u32(file + 8) || q->count == 0 || bytes % 2)
-        die("%s has %ld questions, but %u by its header", path, q->count, read_u32(file + 8));
+        die("%s is damaged: %ld questions, %u by its header", path, q->count, read_u32(file + 8));
 }
 // The share of questions whose right ending has the lowest mean loss of the four, as llm.c has it.
 static double hellaswag(const Model* m, const Device* device, const Questions* q) {
@@ -2477,7 +2477,7 @@ __attribute__((unused)) static int run(int argc, char** argv, const Device* devi
     else model_init(&m, device);
     if (loads && !c.generate) printf("%s %s, step %ld\n", resumes ? "resumed from" : "loaded",
                                      shown(checkpoint.path), m.step);
-    if (trains && !resumes) m.step = m.sequence = 0;
+    if (!uses && !resumes) m.step = m.sequence = 0;
     if (!uses && device->describe) device->describe(&m);
     if (c.generate) generate(&m, device, &text, c.tokens);
     else if (c.evaluate) evaluate(&m, device, &validation, &questions, &text);
