@@ -2157,7 +2157,8 @@ static void test_hellaswag(void) {
     const long size = write_questions(words, q, ASKED);
     const struct { long word; int value; const char* says; } damage[] = {
         {0, 7, "is not a file of questions"}, {2, 2, "is not a file of questions"},
-        {4, 22, "23 questions, 22 by its header"}, {4, 24, "23 questions, 24 by its header"}, {512, 1, "damaged in question 0"},
+        {4, 22, "23 questions, 22 by its header"}, {4, 24, "23 questions, 24 by its header"},
+        {512, 1, "damaged in question 0"},
         {513, 8, "damaged in question 0"}, {515, 4, "damaged in question 0"},
         {516, 3, "damaged in question 0"}, {517, 0, "damaged in question 0"},
         {517, 65535, "damaged in question 0"}, {518, 50257, "damaged in question 0"},

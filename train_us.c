@@ -1469,7 +1469,6 @@ static void on_bus_error(int number) {  // what reads behind the cut of a mapped
     signal(number, SIG_DFL);
     die("a file was cut off while it was read (--input, --val or a checkpoint)");
 }
-
 static void tokens_open(Tokens* t, const char* pattern) {  // a text, a .bin shard, or all that a glob names
     glob_t found;
     const int is_pattern = access(pattern, F_OK) != 0;  // a file's own name may have brackets in it
@@ -1566,9 +1565,9 @@ static const char* archive_at(const Archive* a, const char* name, const char* ne
     const char *entry = form("\"%s\":%s", name, next), *at = strstr(a->header, entry);
     return at ? at + strlen(entry) : NULL;
 }
-static const char* archive_get(const Archive* a, const char* key) {  // of the metadata, or NULL
+static const char* archive_get(const Archive* a, const char* key) {  // of the metadata, or NULL; as form's
     const char* value = archive_at(a, key, "\"");
-    return value ? copied(form("%.*s", (int)strcspn(value, "\""), value)) : NULL;
+    return value ? form("%.*s", (int)strcspn(value, "\""), value) : NULL;
 }
 static Found archive_tensor(const Archive* a, const char* name) {  // or the program ends
     const char* at = archive_at(a, name, "{\"dtype\":\"");
@@ -1803,17 +1802,16 @@ static void print_help(void) {
 
 // Fills c from the defaults, then from a checkpoint's metadata if there is one, then from the flags given.
 static void config_parse(Config* c, int argc, char** argv, const Archive* checkpoint, int resumes) {
-    const int evaluates = c->evaluate;  // as the flags said before
+    int all = 1;  // of --val, if --eval-tokens does not say less
     memset(c, 0, sizeof *c);
     for (const Option* o = OPTIONS; o < OPTIONS_END; o++) {
         if (!o->name || o->type == FLAG) continue;
         option_set(c, o, o->value, "");
         const char* value = checkpoint && o->stored ? archive_get(checkpoint, o->name) : NULL;
-        if (value) option_set(c, o, value, form("checkpoint %s: ", checkpoint->path));
+        if (value) option_set(c, o, copied(value), form("checkpoint %s: ", checkpoint->path));
         else if (checkpoint && o->stored == FIXED)  // a setting may be younger than the checkpoint
             die("checkpoint %s does not say its --%s", checkpoint->path, o->name);
     }
-    if (evaluates) c->eval_tokens = 0;
     for (int i = 1; i < argc; i++) {
         const Option* o = OPTIONS;
         while (o < OPTIONS_END && (!o->name || strcmp(form("--%s", o->name), argv[i]) != 0)) o++;
@@ -1821,9 +1819,11 @@ static void config_parse(Config* c, int argc, char** argv, const Archive* checkp
         const char *before = option_get(c, o), *value = o->type == FLAG ? "1" : argv[++i];
         if (i == argc) die("--%s wants a value (--help lists the options)", o->name);
         option_set(c, o, checkpoint && strcmp(value, "auto") == 0 ? before : value, "");
+        all &= o->offset != AT(eval_tokens);
         if (checkpoint && o->stored >= (resumes ? RUN : FIXED) && strcmp(before, option_get(c, o)) != 0)
             die("--%s %s does not fit checkpoint %s, which has %s", o->name, value, checkpoint->path, before);
     }
+    if (c->evaluate && all) c->eval_tokens = 0;
 }
 static int option_applies(const Config* c, const Option* o) {
     return o->type != FLOAT || !o->choices || find_choice(o->choices, SCHEMES[c->scheme].name) >= 0;
@@ -2106,6 +2106,7 @@ static void generate(Model* m, const Device* device, const Text* text, int count
 }
 
 // ---- Training ------------------------------------------------------------------------------------------
+static const char* unit_of(const Model* m) { return m->c.vocab == BYTES_VOCAB ? "bytes" : "tokens"; }
 static void print_header(const Model* m, const Device* device, const Split* train, const Split* val) {
     int column = printf("us.c on %s, threads %d,", device->name, max_threads());
     for (const Option* o = OPTIONS; o < OPTIONS_END; o++) {
@@ -2125,7 +2126,7 @@ static void print_header(const Model* m, const Device* device, const Split* trai
                (double)t->alpha, (double)(m->c.lr * t->lr_factor), decays(t) ? "yes" : "no");
     }
     if (!*m->c.out && !*m->c.dump) printf("nothing will be saved: that takes --out DIR\n");
-    const char* unit = m->c.vocab == BYTES_VOCAB ? "bytes" : "tokens";
+    const char* unit = unit_of(m);
     printf("input: %s, %ld %s\n", shown(m->c.input), train->tokens->count, unit);
     if (val->tokens != train->tokens) printf("val: %s, %ld %s\n", shown(m->c.val), val->tokens->count, unit);
     printf("%ld %s to train on, %ld to validate on; %ld tokens a step\n%.2f M parameters; ", train->count,
@@ -2276,8 +2277,7 @@ static void evaluate(const Model* m, const Device* device, const Split* val, con
     }
     printf("validation loss %.4f", loss);
     if (bytes > 0) printf(", %.4f bits per byte", loss * (double)tokens / bytes / log(2));
-    const char* unit = m->c.vocab == BYTES_VOCAB ? "bytes" : "tokens";
-    printf(", perplexity %.2f, of %ld %s\n", exp(loss), tokens, unit);
+    printf(", perplexity %.2f, of %ld %s\n", exp(loss), tokens, unit_of(m));
     if (!q->count) return;
     const double share = hellaswag(m, device, q);
     printf("hellaswag: %.0f of %ld right, %.4f\n", share * (double)q->count, q->count, share);
