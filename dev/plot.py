@@ -461,7 +461,7 @@ def read_dump(path):
     meta, tensors = read_tensors(path)
     if "act.x0" not in tensors or meta["scheme"] != "us" or meta["activation"] != "gelu":
         die(f"{path} is not what --dump writes for --scheme us with gelu")
-    d = {name: t.reshape(-1, t.shape[-1]) if name.startswith(("act.", "logits")) else t
+    d = {name: t.reshape(-1, t.shape[-1]) if name.startswith("act.") else t
          for name, t in tensors.items()}  # all positions of all sequences are rows
     formats = {"fp32": ("FP32", "FP32", "FP32"), "bf16": ("BF16", "BF16", "BF16"),
                "fp8": ("BF16", "E4M3", "E5M2")}
@@ -469,6 +469,7 @@ def read_dump(path):
     d["B"], d["T"] = tensors["tokens"].shape
     d["N"], d["L"], d["C"], d["H"] = d["B"] * d["T"], *(int(meta[k]) for k in ("layers", "width", "heads"))
     d["V"], d["tau"], d["S"] = int(meta["vocab"]), float(meta["tau"]), float(meta["grad_scale"])
+    d["logits"] = d["act.logits"][:, :d["V"]]
     d["name"] = f"L {d['L']}, C {d['C']}, heads {d['H']}, {d['B']} x {d['T']} tokens, {meta['precision']}"
     return d
 
