@@ -689,14 +689,16 @@ __device__ static void put_rows(Dest<bf16> d, bf16* shared, const float (&o)[D /
     put_tile(d, shared, stride, row0, col0, min(left, (int)ROWS), D);
 }
 
-// y and lse. A block: 64 queries of one head, the last ones first, for they have most keys. Here scale has
-// log2(e) in it. Shared: Q and two tiles each of K and V, 64 rows: 40 KB for D = 64, 80 KB for D = 128.
+// y and lse of queries t0 .. T-1, t0 a multiple of ROWS; y is (B,T-t0,C). A block: 64 queries of one head,
+// the last ones first, for they have most keys. Here scale has log2(e) in it. Shared: Q and two tiles each of
+// K and V, 64 rows: 40 KB for D = 64, 80 KB for D = 128.
 template <int D> static __global__ void __launch_bounds__(MMA_THREADS, D <= 64 ? 4 : 2)
-attention_forward_mma(Dest<bf16> y, float* lse, const bf16* qkv, int T, long C, float scale, float factor) {
+attention_forward_mma(Dest<bf16> y, float* lse, const bf16* qkv, int t0, int T, long C, float scale,
+                      float factor) {
     extern __shared__ __align__(16) bf16 shared[];
     enum { SIZE = ROWS * D };
     bf16 *Q = shared, *K = Q + SIZE, *V = K + 2 * SIZE;
-    const int last = gridDim.x - 1 - blockIdx.x, q0 = last * ROWS, lane = threadIdx.x % 32;
+    const int q0 = t0 + (gridDim.x - 1 - blockIdx.x) * ROWS, last = q0 / ROWS, lane = threadIdx.x % 32;
     const long b = blockIdx.z, h = blockIdx.y, stride = 3 * C;
     const bf16 *q = qkv + b * T * stride + h * D, *k = q + C, *v = k + C;
     uint32_t rows[D / 16][4];
@@ -727,7 +729,7 @@ attention_forward_mma(Dest<bf16> y, float* lse, const bf16* qkv, int T, long C, 
         const long t = q0 + threadIdx.x / 32 * 16 + lane / 4 + 8 * i;
         if (lane % 4 == 0 && t < T) lse[(b * gridDim.y + h) * T + t] = max[i] * scale + log2f(sum[i]);
     }
-    put_rows<D>(y, shared, o, factor / sum[0], factor / sum[1], b * T + q0, h * D, T - q0);
+    put_rows<D>(y, shared, o, factor / sum[0], factor / sum[1], b * (T - t0) + q0 - t0, h * D, T - q0);
 }
 
 // Backward's shared memory: two tiles of 64 rows that stay, and twice a step's two tiles and two rows of
@@ -861,10 +863,11 @@ __device__ static void put_row(Dest<S> to, long n, long col, const float (&x)[LA
     }
 }
 
-// y and lse of query blockIdx.x. Here scale has log2(e) in it.
+// y and lse of query t0 + blockIdx.x, as above. Here scale has log2(e) in it.
 template <class S> static __global__ void __launch_bounds__(32)
-attention_forward_plain(Dest<S> y, float* lse, const S* qkv, long T, int D, float scale, float factor) {
-    const long t = blockIdx.x, h = blockIdx.y, b = blockIdx.z, C = (long)gridDim.y * D, stride = 3 * C;
+attention_forward_plain(Dest<S> y, float* lse, const S* qkv, long t0, long T, int D, float scale,
+                        float factor) {
+    const long t = t0 + blockIdx.x, h = blockIdx.y, b = blockIdx.z, C = (long)gridDim.y * D, stride = 3 * C;
     const S *q = qkv + b * T * stride + h * D, *k = q + C, *v = k + C;
     float o[LANE_D] = {}, max = -INFINITY, sum = 0.0f;
     for (long j = 0; j <= t; j++) max = fmaxf(max, scale * warp_dot(q + t * stride, k + j * stride, D));
@@ -873,7 +876,7 @@ attention_forward_plain(Dest<S> y, float* lse, const S* qkv, long T, int D, floa
         add_row(o, (float)(S)p, v + j * stride, D);
         sum += p;
     }
-    put_row(y, b * T + t, h * D, o, factor / sum, D);
+    put_row(y, b * (T - t0) + t - t0, h * D, o, factor / sum, D);
     if (threadIdx.x == 0) lse[(b * gridDim.y + h) * T + t] = max + log2f(sum);
 }
 
@@ -916,12 +919,12 @@ static __global__ void attention_dot(float* delta, const S* dy, const S* y, long
 
 // ---- Attention: the launches
 template <int D>
-static void forward_mma(Dest<bf16> y, float* lse, const bf16* qkv, float scale, float factor, long B, long T,
-                        long C, cudaStream_t s) {
-    const dim3 grid(div_up(T, ROWS), C / D, B);
+static void forward_mma(Dest<bf16> y, float* lse, const bf16* qkv, float scale, float factor, long B, long t0,
+                        long T, long C, cudaStream_t s) {
+    const dim3 grid(div_up(T - t0, ROWS), C / D, B);
     const int bytes = 5 * ROWS * D * sizeof(bf16);
     CUDA(cudaFuncSetAttribute(attention_forward_mma<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-    attention_forward_mma<D><<<grid, MMA_THREADS, bytes, s>>>(y, lse, qkv, T, C, LOG2E * scale, factor);
+    attention_forward_mma<D><<<grid, MMA_THREADS, bytes, s>>>(y, lse, qkv, t0, T, C, LOG2E * scale, factor);
     launched("attention forward");
 }
 template <int D>
@@ -941,17 +944,18 @@ static void backward_mma(Dest<bf16> dqkv, const bf16* dy, const bf16* qkv, const
     launched("attention backward, dQ");
 }
 
-// y (B,T,C) and lse from qkv: attention_forward of train_us.c.
+// y (B,T-t0,C) and lse from qkv (B,T,3C): attention_forward of train_us.c.
 template <class S>
 static void attention_forward_gpu(Dest<S> y, float* lse, const S* qkv, float scale, float factor, long B,
-                                  long T, long C, long H, cudaStream_t s) {
+                                  long t0, long T, long C, long H, cudaStream_t s) {
     const long D = C / H;
     if constexpr (sizeof(S) == sizeof(bf16)) {
-        if (D == 32) return forward_mma<32>(y, lse, qkv, scale, factor, B, T, C, s);
-        if (D == 64) return forward_mma<64>(y, lse, qkv, scale, factor, B, T, C, s);
-        if (D == 128) return forward_mma<128>(y, lse, qkv, scale, factor, B, T, C, s);
+        if (D == 32) return forward_mma<32>(y, lse, qkv, scale, factor, B, t0, T, C, s);
+        if (D == 64) return forward_mma<64>(y, lse, qkv, scale, factor, B, t0, T, C, s);
+        if (D == 128) return forward_mma<128>(y, lse, qkv, scale, factor, B, t0, T, C, s);
     }
-    attention_forward_plain<S><<<dim3(T, H, B), 32, 0, s>>>(y, lse, qkv, T, D, LOG2E * scale, factor);
+    attention_forward_plain<S><<<dim3(T - t0, H, B), 32, 0, s>>>(y, lse, qkv, t0, T, D, LOG2E * scale,
+                                                                 factor);
     launched("attention forward");
 }
 
@@ -1624,17 +1628,18 @@ template <class S> static void enter_block(Model* m, int l, long N) {
 
 // A block, from its first linear's input to its stream and the next linear's input: each residual sum is one
 // kernel with the LayerNorm before it (post) or with the one after it, which is the next branch's. alone:
-// again, for backward: nothing beyond the block.
-template <class S> static void block_forward_gpu(Model* m, int l, long B, long T, int alone) {
-    const long C = m->c.width, N = B * T;
+// again, for backward: nothing beyond the block. Of a sequence that goes on from t0, that row is the first of
+// every buffer but qkv, in which attention finds the keys and values of the rows before.
+template <class S> static void block_forward_gpu(Model* m, int l, long B, long t0, long T, int alone) {
+    const long C = m->c.width, N = B * (T - t0);
     const int post = m->scheme->norm_last, end = l == m->c.layers - 1;
     const Residual sum1 = residual(m, 2 * l), sum2 = residual(m, 2 * l + 1);
     const BlockGpu<S> b = block_gpu<S>(m, l);
 
-    linear_forward_gpu<S>(m, l, QKV, b.qkv, post ? b.before : b.norm1, N);
+    linear_forward_gpu<S>(m, l, QKV, b.qkv + t0 * 3 * C, post ? b.before : b.norm1, N);
     trace_buffer(m, l, A_QKV, b.qkv, 0, N * 3 * C);
     attention_forward_gpu<S>(input_of<S>(m, l, OUT, b.y, 1, N), gpu.lse[slot(m, l)], b.qkv,
-                             m->softmax_scale, m->attention_factor, B, T, C, m->c.heads, stream);
+                             m->softmax_scale, m->attention_factor, B, t0, T, C, m->c.heads, stream);
     trace_buffer(m, l, A_Y, b.y, 0, N * C);
     linear_forward_gpu<S>(m, l, OUT, b.out, b.y, N);
     trace_buffer(m, l, A_OUT, b.out, 0, N * C);
@@ -1668,18 +1673,19 @@ template <class S> static void block_forward_gpu(Model* m, int l, long B, long T
     stat_gpu(m, 5 * (l + 1), form("h.%d.x", l), 0, b.x, N * C, m->precision->stream);
 }
 
-// Tokens on the GPU -> A_LNF, the head's input. batch: tokens, targets, order, starts (see stage).
-template <class S> static void forward_gpu(Model* m, long B, long T) {
-    const long C = m->c.width, N = B * T;
+// Tokens on the GPU -> A_LNF, the head's input. batch: tokens, targets, order, starts (see stage). t0 > 0, a
+// multiple of ROWS, continues one sequence (B = 1): tokens and A_LNF are those of rows t0 .. T-1.
+template <class S> static void forward_gpu(Model* m, long B, long T, long t0 = 0) {
+    const long C = m->c.width, N = B * (T - t0);
     const int post = m->scheme->norm_last;
     S* x0 = act<S>(m, 0, A_X0);
     launch_embedding_forward<S>(post ? input_of<S>(m, 0, QKV, x0, 1, N) : value_only(x0, C, N), gpu.batch,
-                                param_gpu(m, 0, WTE), param_gpu(m, 0, WPE), m->scheme->embedding_scale, N, T,
-                                C);
+                                param_gpu(m, 0, WTE), param_gpu(m, 0, WPE) + t0 * C,
+                                m->scheme->embedding_scale, N, T, C);
     trace_buffer(m, 0, A_X0, x0, 0, N * C);
     stat_gpu(m, 0, "x", 0, x0, N * C, m->precision->stream);
     if (!post) enter_block<S>(m, 0, N);
-    for (int l = 0; l < m->c.layers; l++) block_forward_gpu<S>(m, l, B, T, 0);
+    for (int l = 0; l < m->c.layers; l++) block_forward_gpu<S>(m, l, B, t0, T, 0);
     S* lnf = act<S>(m, 0, A_LNF);
     if (post)
         norm_forward_gpu<S>(m, 0, FINAL, value_only(lnf, C, N), stream_before_gpu<S>(m, m->c.layers), NULL,
@@ -1794,7 +1800,7 @@ template <class S> static void backward_gpu(Model* m, long B, long T) {
         if (m->c.recompute && l < m->c.layers - 1) {
             m->stats_on = gpu.tracing = 0;
             enter_block<S>(m, l, N);
-            block_forward_gpu<S>(m, l, B, T, 1);
+            block_forward_gpu<S>(m, l, B, 0, T, 1);
             m->stats_on = stats_on, gpu.tracing = tracing;
         }
         block_backward_gpu<S>(m, l, B, T);
@@ -2025,20 +2031,21 @@ static double gpu_trace(Model* m) {
     CUDA(cudaMemcpy(m->grads, gpu.grads, sizeof(float) * (size_t)m->num_params, cudaMemcpyDeviceToHost));
     return loss;
 }
-// The whole window each time: a cache of keys and values would be another code path for a few ms.
-template <class S> static void next_gpu(Model* m, long length, float* logits) {
-    const long whole = min_l(m->c.seq, div_up(length, 64) * 64);  // few different shapes
+// Tiles of ROWS rows, as attention has them, from that of row t0 on: so there are few different shapes, and a
+// row is computed as in the whole window, but for what cuBLASLt does differently for other shapes.
+template <class S> static void next_gpu(Model* m, long t0, long length, float* logits) {
+    const long first = m->c.recompute ? 0 : t0 / ROWS * ROWS;  // with one block's buffers nothing is known
+    const long end = min_l(m->c.seq, div_up(length, ROWS) * ROWS);
     int* tokens = gpu.staged[gpu.turn ^ 1];
-    for (long t = 0; t < whole; t++) tokens[t] = t < length ? m->inputs[t] : 0;
-    upload_batch(tokens, whole);
-    forward_gpu<S>(m, 1, whole);
-    logits_gpu<S>(m, length - 1, 1);
+    for (long t = first; t < end; t++) tokens[t - first] = t < length ? m->inputs[t] : 0;
+    upload_batch(tokens, end - first);
+    forward_gpu<S>(m, 1, end, first);
+    logits_gpu<S>(m, length - 1 - first, 1);
     fetch_floats(logits, act<S>(m, 0, A_LOGITS), m->c.vocab);
 }
 static const float* gpu_next(Model* m, long t0, long length) {
     static float logits[65536];
-    (void)t0;
-    is_fp32(m) ? next_gpu<float>(m, length, logits) : next_gpu<bf16>(m, length, logits);
+    is_fp32(m) ? next_gpu<float>(m, t0, length, logits) : next_gpu<bf16>(m, t0, length, logits);
     return logits;
 }
 static void gpu_fetch(Model* m) {

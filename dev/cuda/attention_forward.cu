@@ -68,7 +68,7 @@ static void run1(void) {
 // and V from the cache, 384 bytes for 384 operations, and each product of 64 values ends in five shuffles.
 static void run2(void) {
     attention_forward_plain<bf16><<<dim3((unsigned)T, (unsigned)H, (unsigned)B), 32, 0, stream>>>(
-        to_y(), at<float>(lse), at<bf16>(qkv), T, D, SCALE, 1.0f);
+        to_y(), at<float>(lse), at<bf16>(qkv), 0, T, D, SCALE, 1.0f);
     launched("attention forward");
 }
 
@@ -242,8 +242,8 @@ static void run5(void) {
 // Version 4 with two buffers each of K and V: the copies of a step run behind the step before. Shared memory
 // grows from 24 to 40 KB, of which four blocks, as many as registers allow, still fit.
 static void run6(void) {
-    attention_forward_gpu<bf16>(to_y(), at<float>(lse), at<bf16>(qkv), SCALE / LOG2E, 1.0f, B, T, C, H,
-                                stream);
+    attention_forward_gpu<bf16>(to_y(), at<float>(lse), at<bf16>(qkv), SCALE / LOG2E, 1.0f, B, 0, T, C,
+                                H, stream);
 }
 
 // V is N(0,1) squared: a sum of positive terms is as exact as they are. P, y and what is wanted are rounded
