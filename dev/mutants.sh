@@ -8,7 +8,7 @@
 # only, and the GPU's first seven.
 cd "$(dirname "$0")/.." || exit 1
 CC=${CC:-cc} CXX=${CXX:-g++} JOBS=${JOBS:-2}
-TESTS=${TESTS:-formats random matmul activ large gradients table umup mup_is_sp data text oracle accum generate window held dump printing archive validation lost checkpoints}
+TESTS=${TESTS:-formats random matmul activ large gradients table umup mup_is_sp data text oracle accum generate window held dump printing archive validation ending served hellaswag lost checkpoints}
 GPU_TESTS=${GPU_TESTS:-large step_by_step same_bits next not_finite overlay}
 dir=$(mktemp -d) || exit 1
 trap 'rm -rf "$dir"' EXIT
@@ -78,9 +78,8 @@ matmul: what is beyond the last row is read | s/i0 + i < i1 \&\& k0 + k < k1 ? f
 matmul: a block is turned by half | s/n < 2 \&\& along == across/n < 1 \&\& along == across/
 matmul: the rows of the next panel in this one | s/(i + r) \/ R \* R \* words + k/i \/ R * R * words + k/
 matmul: panels end where K does | s/words = div_up(k1 - k, WK \* depth) \* WK/words = (k1 - k) \/ depth/
-matmul: past the caches, a row's first half only | s/else for (int j = 0; j < NR; j += LANES) {/else for (int j = 0; j < NR \/ 2; j += LANES) {/
 matmul: the sum is rounded after each stretch | s/k1 == K ? format : FP32/format/
-checkpoints: a log alone is no run | s/(newest >= 0 || !access(form("%s\/log.csv", c.out), F_OK))/newest >= 0/
+checkpoints: a log alone is no run | s/(!access(saved, F_OK) || !access(form("%s\/log.csv", c.out), F_OK))/!access(saved, F_OK)/
 amx: an operand in FP32 is cut to BF16 | s/a.format != FP32 \&\& b.format/a.format != FP32 || b.format/
 amx: both of a pair are its second | s/float_bits(low) >> 16/float_bits(high) >> 16/
 amx: pairs of rows are not neighbours | s/k \/ 2 + k % 2 \* WK/k/
@@ -141,17 +140,38 @@ data: validation text is trained on | s/train->count = val->start = tokens.count
 resume: the data starts again | s/m->sequence = checkpoint_number(a, "sequence", 1e15)/m->sequence = 0/
 resume: the optimizer's state is forgotten | s/memcpy((float\*)cpu_get/if (what == PARAMS) memcpy((float*)cpu_get/
 saves: all that is saved is parameters | s/device->get(m, (Lasting)(i \/ m->num_tensors)/device->get(m, PARAMS/
-files: overlapping tensors are accepted | s/if (json_count(a) != e->begin) json_die/if (json_count(a) < 0) json_die/
 text: top-k is ignored | s/c->top_k ? (int)min_l(c->top_k, V) : V/V/
-validation: the last batch counts as a whole one | s/sum += device->loss(&part) \* part.c.batch;/sum += device->loss(\&part) * m->c.batch;/
+validation: the last batch counts as a whole one | s/for (long n = 0; n < part.rows; n++) sum += losses/for (long n = 0; n < m->rows; n++) sum += losses/
 validation: windows are counted from the end | s/(double)(val->count - T - 1) \* place/(double)(val->count - T - 1) * (1 - place)/
 saves: nothing is saved after an error | s/^    if (last_words) last_words();//
 saves: a second signal at once is fatal | s/ \&\& seconds() - stopped_at > 1)/)/
 saves: a dropped terminal is fatal | s/{SIGINT, SIGTERM, SIGHUP, SIGPIPE}/{SIGINT, SIGTERM, SIGPIPE, SIGPIPE}/
-saves: what --save-every names is deleted | s/!every(c->save_every, s) \&\& ++kept/++kept/
-resume: other data is accepted | s/if ((uint64_t)checkpoint_number(a, keys\[i\], 0x1p53) != now\[i\])/if (0)/
+saves: a copy does not give way | s/unlink(path = form(/(path = form(/
+resume: other data is accepted | s/checkpoint_number(&checkpoint, "data", 0x1p53) != (long)c.data/0/
 print: control characters of two bytes pass | s/length == 2 \&\& code >= 0xA0/length == 2 \&\& code >= 0x80/
-files: every escape stands for its letter | s/json_die(a, "a string in its header has an escape .*/{}/
+files: a quote goes into the header | s/(p = strpbrk(p, "\\"\\\\")); ) \*p = '?';.*/0; ) {}/
+export: masters are written | s/as_read ? t->precision.weight : FP32/FP32/
+export: FP8 is not rounded by way of BF16 | s/const float v = round_bf16(x\[i\]);/const float v = x[i];/
+export: embeddings are in FP32 | s/as_read ? t->precision.weight : FP32/as_read \&\& is_hidden(t) ? t->precision.weight : FP32/
+load: BF16 in the wrong half | s/f.dtype == BF16 ? u << 16 : u/f.dtype == BF16 ? u << 15 : u/
+load: E4M3 is read as E5M2 | s/fp8_decode((uint8_t)u, E4M3)/fp8_decode((uint8_t)u, E5M2)/
+load: the step goes on | s/if (!uses && !resumes) m.step = m.sequence = 0;//
+load: the optimizer cannot change | s/"lion|adamw", INT, RUN, /"lion|adamw", INT, FIXED, /
+load: a run that is there begins again | s/const int resumes = trains && c.resume && access/const int resumes = trains \&\& c.resume \&\& !*c.load \&\& access/
+evaluate: only what training looks at | s/if (c->evaluate && all) c->eval_tokens = 0;//
+evaluate: --eval-tokens does not count | s/if (c->evaluate && all)/if (c->evaluate)/
+evaluate: the training text is needed | s/if (c->evaluate && \*c->val) c->input = c->val;.*//
+hellaswag: sums in place of means | s/losses\[k \* T + t\] \/ (double)(to\[k\] - from\[k\])/losses[k * T + t]/
+hellaswag: the context counts | s/from\[k\] = max_l(0, before - 1 - first)/from[k] = 0/
+hellaswag: the first token of an ending does not count | s/from\[k\] = max_l(0, before - 1 - first)/from[k] = max_l(0, before - first)/
+hellaswag: the last token of an ending does not count | s/to\[k\] = all - 1 - first;/to[k] = all - 2 - first;/
+hellaswag: the first T tokens of a long one | s/const long j = first + t;/const long j = t;/
+hellaswag: the window is too short | s/div_up(q->longest, 64) \* 64/16/
+questions: any token is accepted | s/good = w\[at + i\] < GPT2_VOCAB;/good = 1;/
+questions: a context may be empty | s/good = length > 0 && at + length < end;/good = at + length < end;/
+sampling: of equals the last is among the likeliest | s/if (n == k && !(logits\[v\] > logits\[list\[k - 1\]\])) continue;/if (n == k \&\& !(logits[v] >= logits[list[k - 1]])) continue;/
+sampling: the likeliest are not in order | s/k < V && i > 0 && logits\[v\] > logits\[list\[i - 1\]\]/0/
+text: it goes on behind its end | s/if (token == text->end && text->vocab != BYTES_VOCAB) break;//
 recompute: a block is not computed again | s/if (m->c.recompute \&\& l < m->c.layers - 1)/if (0)/
 gpu: barrier missing before a tile is written | /^activation_kernel/,/^}/s/^    __syncthreads();//
 gpu: barrier missing before a tile is filled again | /^norm_forward_kernel/,/^}/{/^        __syncthreads();$/{N;s/__syncthreads();\n    }/\n    }/}}
@@ -186,6 +206,9 @@ gpu: the skip of another branch | s/r2 = {above.skip/r2 = {sum2.skip/
 gpu: the activation's inner factor is missing | s/activate(a \* v\[i\], kind)/activate(v[i], kind)/
 gpu: one tensor's rates for all | s/gpu.rates + (t - m->tensors)/gpu.rates/
 gpu: attention sees the next token | s/rows_are_keys ? ahead < 0 : ahead > 0/rows_are_keys ? ahead < -1 : ahead > 1/
+gpu next: the tile's first rows are left out | s/t0 \/ ROWS \* ROWS;  \/\/ with/t0;  \/\/ with/
+gpu next: positions begin with the tile | s/param_gpu(m, 0, WPE) + t0 \* C,/param_gpu(m, 0, WPE),/
+gpu next: keys and values are put at the window's begin | s/b.qkv + t0 \* 3 \* C, post/b.qkv, post/
 lab gelu: codes of values that are not BF16 | s/fp8x2(round_s<bf16>(y)/fp8x2((y)/
 lab gelu: one value of sixteen is not rounded | s/for (int k = 0; k < 16; k++)$/for (int k = 1; k < 16; k++)/
 lab cast_transpose: the next maximum is of scaled values | s/fabsf(v\[k\])), v\[k\] \*= scale_for(most);/fabsf(v[k] *= scale_for(most)));/
