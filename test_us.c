@@ -2017,7 +2017,7 @@ static void test_served(void) {
     check(run_us("--load %s/bf16 --precision fp8 --evaluate")->status == 0, "%s", result.err);
     // Without the text that it was trained on, with another.
     shell("cp train_us.c '%s/gone.txt'");
-    run_us("--input %s/gone.txt --steps 2 --out %s/gone " TINY);
+    run_us("--input %s/gone.txt --steps 2 --eval-tokens 100 --out %s/gone " TINY);
     shell("rm '%s/gone.txt'");
     check_fails("--load %s/gone/checkpoint.safetensors --evaluate", "no file matches");
     check(run_us("--load %s/gone/checkpoint.safetensors --evaluate --val README.md")->status == 0, "%s",
@@ -2099,7 +2099,7 @@ static void test_hellaswag(void) {
     static uint16_t words[512 + ASKED * (10 + 5 * LONGEST)], bad[sizeof words / 2];
     char path[1100], shard[1100];
     const int batches[] = {4, 7};
-    int right = 0, choices[4] = {0};
+    int choices[4] = {0};
     uint64_t at = 0;
     for (int i = 0; i < ASKED; i++) {
         q[i].context = 1 + (int)(random_u64(3, 3, at++) % (i % 4 ? 12 : LONGEST));
@@ -2120,12 +2120,10 @@ static void test_hellaswag(void) {
         Model m = text_model_on(device, c, &tokens, shard), cpu;
         c.batch = 1;
         cpu = text_model(c, &tokens, shard);
-        for (int k = 0; k < ASKED && i == 0; k++) {  // every third is answered right
-            const int choice = choice_of(&cpu, &q[k]);
-            choices[choice]++;
-            q[k].label = k % 3 ? (choice + k % 3) % 4 : choice;
-            right += k % 3 == 0;
-        }
+        for (int k = 0; k < ASKED; k++)  // all are answered right; then every third
+            if (i == 0) choices[q[k].label = choice_of(&cpu, &q[k])]++;
+            else q[k].label = (q[k].label + k % 3) % 4;
+        const int right = i ? (int)div_up(ASKED, 3) : ASKED;
         write_file(path, words, 2 * (size_t)write_questions(words, q, ASKED));
         questions_open(&questions, path);
         check(questions.count == ASKED && questions.longest > 64, "%ld questions", questions.count);
@@ -2176,6 +2174,10 @@ static void test_hellaswag(void) {
         check_fails("--load %s/asked/checkpoint.safetensors --evaluate --hellaswag %s/bad_questions.bin",
                     damage[i].says);
     }
+    q[0].context = 0;  // nothing to predict an ending's first token from
+    write_file(path, bad, 2 * (size_t)write_questions(bad, q, ASKED));
+    check_fails("--load %s/asked/checkpoint.safetensors --evaluate --hellaswag %s/bad_questions.bin",
+                "damaged in question 0");
 }
 
 // -----------------------------------------------------------------------------------------------------------

@@ -1674,7 +1674,7 @@ static int text_tokens(const Text* t, const char* s, int* tokens) {  // room for
 // One table parses, prints the help, and says what a checkpoint stores and resumes from.
 typedef enum { HEADING, INT, UINT64, FLOAT, TEXT, FLAG } OptionType;  // FLOAT: -1 is auto
 // In a checkpoint: no; yes, but a flag may change it; yes, for a run that goes on; yes, also for --load.
-typedef enum { NO, KEPT, RUN, FIXED } Stored;
+typedef enum { NO, KEPT, OF_RUN, FIXED } Stored;
 typedef struct {
     const char *name, *value;  // the default
     const char* choices;       // "a|b": an INT is its place among these; a FLOAT is of these schemes only
@@ -1703,7 +1703,7 @@ static const Option OPTIONS[] = {
     {"batch", "8", 0, INT, KEPT, AT(batch), 1, 65536, "sequences at a time"},
     {"accum", "1", 0, INT, KEPT, AT(accum), 1, 65536, "batches in one step"},
     {"steps", "1500", 0, INT, KEPT, AT(steps), 1, 1e9, "of the optimizer"},
-    {"optimizer", "adamw", "lion|adamw", INT, RUN, AT(optimizer), 0, 0, "a small batch likes adamw"},
+    {"optimizer", "adamw", "lion|adamw", INT, OF_RUN, AT(optimizer), 0, 0, "a small batch likes adamw"},
     {"lr", "auto", 0, FLOAT, KEPT, AT(lr), 1e-12, 1e3, "peak learning rate, at base width"},
     {"warmup", "50", 0, INT, KEPT, AT(warmup), 0, 1e9, "steps of linear warm-up; then a cosine to 10 %"},
     {"decay", "auto", 0, FLOAT, KEPT, AT(decay), 0, 1, "weight decay of a step at peak rate"},
@@ -1820,7 +1820,7 @@ static void config_parse(Config* c, int argc, char** argv, const Archive* checkp
         if (i == argc) die("--%s wants a value (--help lists the options)", o->name);
         option_set(c, o, checkpoint && strcmp(value, "auto") == 0 ? before : value, "");
         all &= o->offset != AT(eval_tokens);
-        if (checkpoint && o->stored >= (resumes ? RUN : FIXED) && strcmp(before, option_get(c, o)) != 0)
+        if (checkpoint && o->stored >= (resumes ? OF_RUN : FIXED) && strcmp(before, option_get(c, o)) != 0)
             die("--%s %s does not fit checkpoint %s, which has %s", o->name, value, checkpoint->path, before);
     }
     if (c->evaluate && all) c->eval_tokens = 0;

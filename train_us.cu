@@ -2082,8 +2082,8 @@ static const char* gpu_utilisation(const Model* m, double rate) {
     return gpu.ceiling > 0 ? form(" | %.0f %% of BF16", 100 * rate * flops_per_token(m) / gpu.ceiling) : "";
 }
 __attribute__((unused)) static const Device GPU = {
-    "GPU", 0, gpu_open, gpu_close, gpu_describe, gpu_step, gpu_losses, gpu_trace, gpu_next, gpu_fetch, gpu_get,
-    gpu_put, gpu_utilisation};
+    "GPU", 0, gpu_open, gpu_close, gpu_describe, gpu_step, gpu_losses, gpu_trace, gpu_next, gpu_fetch,
+    gpu_get, gpu_put, gpu_utilisation};
 
 #endif  // US_KERNELS_ONLY
 

@@ -156,7 +156,7 @@ export: embeddings are in FP32 | s/as_read ? t->precision.weight : FP32/as_read 
 load: BF16 in the wrong half | s/f.dtype == BF16 ? u << 16 : u/f.dtype == BF16 ? u << 15 : u/
 load: E4M3 is read as E5M2 | s/fp8_decode((uint8_t)u, E4M3)/fp8_decode((uint8_t)u, E5M2)/
 load: the step goes on | s/if (!uses && !resumes) m.step = m.sequence = 0;//
-load: the optimizer cannot change | s/"lion|adamw", INT, RUN, /"lion|adamw", INT, FIXED, /
+load: the optimizer cannot change | s/"lion|adamw", INT, OF_RUN, /"lion|adamw", INT, FIXED, /
 load: a run that is there begins again | s/const int resumes = trains && c.resume && access/const int resumes = trains \&\& c.resume \&\& !*c.load \&\& access/
 evaluate: only what training looks at | s/if (c->evaluate && all) c->eval_tokens = 0;//
 evaluate: --eval-tokens does not count | s/if (c->evaluate && all)/if (c->evaluate)/
