@@ -12,18 +12,18 @@ make -s train_us || die "./train_us is not there, and make cannot build it"
 loss() { ./train_us "$@" --evaluate | sed -n 's/^validation loss \([0-9.]*\),.*/\1/p'; }
 echo "| trained | seed | as trained | exported, W8A8 | W8A8 is higher by |"
 echo "|---|---|---|---|---|"
-seed=1
-while [ "$seed" -le "${2:-1}" ]; do
-    for how in "us fp8" "us bf16" "sp bf16"; do
-        scheme=${how% *} precision=${how#* } dir=out/served/$(echo "$how" | tr ' ' _)_$seed
+for how in "us fp8" "us bf16" "sp bf16"; do
+    scheme=${how% *} precision=${how#* } seed=1
+    while [ "$seed" -le "${2:-1}" ]; do
+        dir=out/served/${scheme}_${precision}_$seed
+        trained=$dir/checkpoint.safetensors model=$dir/model.safetensors
         mkdir -p "$dir"
         ./train_us --input "$1" --scheme "$scheme" --precision "$precision" --seed "$seed" --out "$dir" --resume \
             >"$dir/log.txt" 2>&1 || die "training failed: $dir/log.txt says why"
-        trained=$dir/checkpoint.safetensors model=$dir/model.safetensors
         ./train_us --load "$trained" --precision fp8 --export "$model" >/dev/null || exit 1
         before=$(loss --load "$trained") after=$(loss --load "$model")
         awk -v how="$scheme, $precision" -v seed="$seed" -v a="$before" -v b="$after" \
             'BEGIN { printf "| %s | %s | %s | %s | %.4f |\n", how, seed, a, b, b - a }'
+        seed=$((seed + 1))
     done
-    seed=$((seed + 1))
 done
