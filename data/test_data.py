@@ -1,14 +1,14 @@
 """
 Tests the scripts of this folder, as a user would run them: tokenize.py, tinyshakespeare.sh, fineweb.py and
 hellaswag.py.
-Of dev/reference.py it tests the one line about a package or a dump that is missing or damaged.
+Of dev/reference.py it tests the one line about a package or a file that is missing or damaged.
 
     python data/test_data.py
     python data/test_data.py --vocab vocab.bpe --encoder encoder.json     # with GPT-2's real vocabulary too
 
 Needs no network: web servers on 127.0.0.1 stand in for Hugging Face and GitHub, a script for curl, and a
 vocabulary of 264 tokens for GPT-2's. What needs tiktoken or torch is skipped and counted where they are not
-installed. Takes about half a minute.
+installed. Takes about a minute.
 """
 
 import os
@@ -24,6 +24,7 @@ import hashlib
 import http.server
 import importlib.util
 import json
+import math
 import random
 import re
 import shlex
@@ -794,14 +795,61 @@ def test_reference(tmp):
         fails(f"{package} missing", python(REFERENCE, "--selftest", env=env),
               f"reference.py: the package {package} is missing; install it with: pip install {package}")
     if not HAVE_REFERENCE:
-        return skip("dev/reference.py with damaged dumps", "torch, numpy or safetensors is not installed")
+        return skip("dev/reference.py with damaged files", "torch, numpy or safetensors is not installed")
+
+    def model(path, **changes):
+        """A model of bytes, without blocks, whose parameters are 0: each byte is as likely as any other."""
+        shapes = {"wte": (256, 2), "wpe": (4, 2), "lnf.gain": (2,), "lnf.bias": (2,), "head": (256, 2)}
+        meta = dict(scheme="us", precision="fp32", activation="gelu", heads="1", vocab="256", tau="0.4")
+        header, at = {"__metadata__": {**meta, **changes}}, 0
+        for name, shape in shapes.items():
+            size = 4 * math.prod(shape)
+            header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [at, at + size]}
+            at += size
+        header = json.dumps(header).encode()
+        return write(path, struct.pack("<Q", len(header)) + header + bytes(at))
+
+    sound, none = model(f"{tmp}/sound"), f"{tmp}/none"
     header = b'{"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
     other = struct.pack("<Q", len(header)) + header + bytes(4)
-    fails("--check, missing", python(REFERENCE, "--check", f"{tmp}/none"), "cannot read", f"{tmp}/none")
-    for name, data, word in [("empty", b"", "cannot read"), ("noise", b"<html>" * 500, "cannot read"),
-                             ("truncated", other[:-1], "cannot read"), ("other", other, "is not the dump")]:
-        path = write(f"{tmp}/{name}", data)
-        fails(f"--check, {name}", python(REFERENCE, "--check", path), "reference.py: ", path, word)
+    files = [("empty", b"", "cannot read"), ("noise", b"<html>" * 500, "cannot read"),
+             ("truncated", read(sound)[:-1], "cannot read"), ("other", other, "is not ")]
+    for name, data, word in [("none", None, "cannot read"), *files]:
+        path = f"{tmp}/{name}" if data is None else write(f"{tmp}/{name}", data)
+        for action in ["--check", path], ["--generate", path, "--prompt", "a"]:
+            fails(f"{action[0]}, {name}", python(REFERENCE, *action), "reference.py: ", path, word)
+    for changes, word in [({"scheme": "x"}, "scheme x"), ({"precision": "fp4"}, "precision fp4"),
+                          ({"tau": "a"}, "'a'"), ({"heads": "3"}, "3 heads"), ({"vocab": "257"}, "257"),
+                          ({"alpha-out": "nan"}, "positive")]:
+        path = model(f"{tmp}/changed", **changes)
+        fails(f"--generate, {changes}", python(REFERENCE, "--generate", path, "--prompt", "a"), path, word)
+    numbers = model(f"{tmp}/numbers", vocab="255")
+    for path, prompt, word in [(sound, "", "at least one"), (numbers, "a", "numbers"),
+                               (numbers, "9 255", "below 255")]:
+        fails(f"--prompt {prompt}", python(REFERENCE, "--generate", path, "--prompt", prompt), "--prompt", word)
+    for path, prompt, text in [(sound, "ab", "ab\0\0\n"), (numbers, "97 98", "97 98 0 0 \n")]:
+        done = python(REFERENCE, "--generate", path, "--prompt", prompt, "--tokens", "2", "--temperature", "0")
+        check("--generate, the lowest of equals", works("--generate", done) == text, repr(done.stdout))
+
+    def questions(labels):
+        question = [*(2, 7, 8), *(1, 9), *(6, 1, 2, 3, 4, 5, 6)]  # the context, two answers
+        body = b"".join(struct.pack("<17H", 65535, 34, 0, label, 2, *question) for label in labels)
+        return struct.pack("<256i", 20240522, 1, len(labels), *[0] * 253) + body
+
+    good = questions((0, 1, 0))
+    path = write(f"{tmp}/questions", good)
+    done = works("--hellaswag", python(REFERENCE, "--hellaswag", sound, path))
+    check("--hellaswag, the first of equals", done.splitlines() == [
+        "question 0: 0 of 5.5452 5.5452 right", "question 1: 0 of 5.5452 5.5452 wrong, it is 1",
+        "question 2: 0 of 5.5452 5.5452 right", "hellaswag: 2 of 3 right, 0.6667"], done)
+    fails("--hellaswag, no questions", python(REFERENCE, "--hellaswag", sound, none), "cannot read", none)
+    for name, data, word in [("noise", bytes(2000), "20240522"), ("short", good[:-2], "too early"),
+                             ("odd", good[:-1], "damaged"), ("long", good + bytes(2), "header"),
+                             ("label", questions((0, 2)), "question 1"), ("none in it", questions(()), "header"),
+                             ("size", good[:1026] + b"\x23" + good[1027:], "question 0"),
+                             ("token", good[:-1] + b"\1", "question 2 has a token")]:
+        path = write(f"{tmp}/questions", data)
+        fails(f"--hellaswag, {name}", python(REFERENCE, "--hellaswag", sound, path), path, word)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -3,7 +3,13 @@
 
     python dev/reference.py --selftest                           the reference checks itself
     python dev/reference.py --check dump.safetensors             the C trainer's first step, its --dump
+    python dev/reference.py --check dump.safetensors --model us.safetensors     and what it exports of it
     python dev/reference.py --write dev/debug_state.safetensors  the state that the C tests compare with
+
+A trained model, as the C exports it or as a checkpoint, can be used from Python; see Model:
+
+    python dev/reference.py --generate us.safetensors --prompt "ROMEO:"         it goes on
+    python dev/reference.py --hellaswag us.safetensors hellaswag_val.bin        acc_norm
 
 needs: pip install torch numpy safetensors ml_dtypes
 
@@ -30,7 +36,7 @@ and causes others. How far that carries is measured, not guessed: the model runs
 sum in random order, and the distance of these runs from the float64 run, the spread, is what a comparison
 allows. Small models flip seldom and make sharp tests; for large ones fp32 is sharp, bf16 and fp8 are coarse.
 """
-import argparse, importlib, json, math, os, struct, sys
+import argparse, codecs, contextlib, importlib, itertools, json, math, os, runpy, struct, sys, tempfile
 from types import SimpleNamespace
 
 def stop(message):
@@ -107,7 +113,8 @@ class ShuffledMatmul(torch.autograd.Function):
 
 class Numerics:
     """What is rounded to what: in float64, or, given a seed, in float32 with noise."""
-    def __init__(self, precision, seed=None):
+    def __init__(self, precision, seed=None, ready=False):
+        self.ready = ready          # the parameters are rounded already
         self.dtype = torch.float64 if seed is None else torch.float32
         self.random = None if seed is None else torch.Generator().manual_seed(seed)
         self.casts = []             # (format and operand, share flushed to 0, number clipped, RMS before)
@@ -124,6 +131,10 @@ class Numerics:
             self.casts.append((f"{to.__name__} {what}", flushed.item(), clipped, rms))
             return y
         return cast if self.fp8 else self.R
+
+    def parameter(self, W, to):
+        """W as its operation reads it; its gradient is not rounded."""
+        return W if self.ready else Point.apply(W, to, exact)
 
     def matmul(self, a, b):
         return a @ b if self.random is None else ShuffledMatmul.apply(a, b, self.random)
@@ -224,7 +235,7 @@ def linear(x, W, alpha, num, x_format, dy_format):
     """Y = alpha X W^T; autograd gives dX = alpha dY W and dW = alpha dY^T X: the same alpha, [µS] table 1.
     Y and dX are stored in BF16; X, W (E4M3) and dY meet in FP8; dW is not rounded."""
     rows = Point.apply(x.reshape(-1, x.shape[-1]), num.operand(x_format, "X"), num.R)
-    y = alpha * num.matmul(rows, Point.apply(W, num.operand(e4m3, "W"), exact).T)
+    y = alpha * num.matmul(rows, num.parameter(W, num.operand(e4m3, "W")).T)
     return Point.apply(y, num.R, num.operand(dy_format, "dY")).reshape(*x.shape[:-1], -1)
 
 def attention(qkv, heads, scale, num):
@@ -259,7 +270,7 @@ def forward(p, tokens, targets, cfg, num):
     scaled = lambda f, b: Point.apply(f, lambda f: f.clone() if b == 1 else num.jitter(b * f, 2), exact)
     leave = lambda x, f, ln, a, b: stored(a * x + (b * norm(f, ln) if row.norm_last else scaled(f, b)))
 
-    wte, wpe = Point.apply(p["wte"], num.R, exact), Point.apply(p["wpe"], num.R, exact)
+    wte, wpe = num.parameter(p["wte"], num.R), num.parameter(p["wpe"], num.R)
     x = act["x0"] = stored((wte[tokens] + wpe[:tokens.shape[1]]) * row.embedding)
     for i in range(cfg.layers):
         h, (a1, b1), (a2, b2) = f"h.{i}.", row.residual(cfg, 2 * i), row.residual(cfg, 2 * i + 1)
@@ -283,7 +294,7 @@ def forward(p, tokens, targets, cfg, num):
     # for any batch and width, as FP8 needs it. A trainer gets it for nothing: dlogits = softmax - onehot,
     # dx = dlogits W. (If S is set, dlogits are multiplied by the ratio.)
     x = act["lnf"] = stored(norm(x, "lnf"))
-    z = num.matmul(x.reshape(-1, x.shape[-1]), Point.apply(p["head"][:cfg.vocab], num.R, exact).T)
+    z = num.matmul(x.reshape(-1, x.shape[-1]), num.parameter(p["head"][:cfg.vocab], num.R).T)
     alpha = row.head(cfg, C)
     logits = act["logits"] = Point.apply(z, lambda z: num.R(alpha * z), num.R).reshape(*tokens.shape, -1)
     return torch.logsumexp(logits, -1) - logits.gather(-1, targets[..., None])[..., 0], act
@@ -354,6 +365,194 @@ def train(p, batches, cfg, num, optimizer):
     return SimpleNamespace(first=steps[0], params=p, losses=torch.cat([s["loss"].double() for s in steps]),
                            grad_norms=torch.tensor(norms, dtype=torch.float64))
 
+# ---- What the C trainer writes: exported models, checkpoints, dumps ---------------------------------------
+
+def read_file(path):
+    """Metadata and tensors of a safetensors file."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as f:
+            return f.metadata() or {}, {name: f.get_tensor(name) for name in f.keys()}
+    except Exception as e:
+        reason = str(e).partition("\n")[0]
+        stop(f"cannot read {path}: {reason}")
+
+@contextlib.contextmanager
+def sound(path, what):
+    """What is wrong with a file's contents ends the program with one line."""
+    try:
+        yield
+    except KeyError as e:
+        stop(f"{path} is not {what}: no {e}")
+    except IndexError:
+        stop(f"{path} is not {what}, or damaged: it ends too early")
+    except ValueError as e:
+        stop(f"{path} is not {what}, or damaged: {e}")
+
+def read_settings(meta, p):
+    """The settings of a model, from a file's metadata, checked with its parameters p."""
+    if meta["scheme"] not in SCHEMES:
+        raise ValueError("scheme " + meta["scheme"])
+    multipliers = {key: meta.get(key.replace("_", "-"), str(value)) for key, value in DEFAULTS.items()}
+    cfg = settings(**{key: kind(meta[key]) for key, kind in (
+        ("scheme", str), ("precision", str), ("activation", str), ("heads", int), ("vocab", int),
+        ("tau", float))}, **{key: float("-1" if x == "auto" else x) for key, x in multipliers.items()})
+    (T, C), (Vp, _) = p["wpe"].shape, p["wte"].shape
+    cfg.layers = sum(name.endswith(".qkv") for name in p)
+    expected = shapes(cfg.layers, C, T, Vp)
+    wrong = sorted(name for name in expected.keys() | p.keys()
+                   if name not in p or tuple(p[name].shape) != expected.get(name))
+    for bad, what in (
+            (wrong, "missing, unexpected or misshapen parameters: " + " ".join(wrong[:8])),
+            (any(not getattr(cfg, key) > 0 for key in DEFAULTS if key.startswith(("base_", "alpha_"))),
+             "a multiplier that is not positive"),
+            (cfg.precision not in ("fp32", "bf16", "fp8"), "precision " + cfg.precision),
+            (cfg.activation not in ACTIVATIONS, "activation " + cfg.activation),
+            (cfg.heads < 1 or C % cfg.heads, f"{cfg.heads} heads at width {C}"),
+            (not 0 <= cfg.tau <= 1, f"tau {cfg.tau}"),
+            (not 0 < cfg.vocab <= Vp, f"vocabulary {cfg.vocab} with {Vp} rows")):
+        if bad:
+            raise ValueError(what)
+    return cfg
+
+def read_dump(path):
+    """Settings, parameters, batch and all tensors of a dump."""
+    meta, dump = read_file(path)
+    with sound(path, "the dump of a first step"):
+        p = {name[6:]: t.double() for name, t in dump.items() if name.startswith("param.")}
+        cfg = read_settings(meta, p)
+        cfg.S_used, cfg.device = float(meta["grad_scale"]), meta.get("device", "CPU")
+        tokens, targets = dump["tokens"].long(), dump["targets"].long()
+        if tokens.ndim != 2 or tokens.numel() == 0 or tokens.shape[1] > len(p["wpe"]):
+            raise ValueError("shape of tokens")
+        if tokens.shape != targets.shape:
+            raise ValueError("shape of targets")
+        if any(t.min() < 0 or t.max() >= cfg.vocab for t in (tokens, targets)):
+            raise ValueError("a token outside the vocabulary")
+    return cfg, p, tokens, targets, dump
+
+# ---- A trained model: Model, --generate, --hellaswag -------------------------------------------------------
+
+def format_read(name, precision):
+    """The format in which its operation reads a parameter, and an export has it; the rounding to that."""
+    if precision == "fp32" or name.endswith((".gain", ".bias")):
+        return torch.float32, exact
+    if precision == "fp8" and name.endswith(HIDDEN):
+        return torch.float8_e4m3fn, lambda W: e4m3(bf16(W))
+    return torch.bfloat16, bf16
+
+class Model:
+    """A trained model from an exported file or a checkpoint. In Python, with dev/ in sys.path:
+
+        from reference import Model
+        model = Model("us.safetensors")
+        logits = model(b"ROMEO:")[-1]                           # of the byte that follows
+        text = bytes(model.generate(b"ROMEO:", 200, temperature=0.8))
+
+    Tokens are bytes, or numbers of GPT-2's: model([7454, 2402, 257, 640])."""
+    def __init__(self, path):
+        self.path, (self.meta, tensors) = path, read_file(path)
+        self.stored = {name: t for name, t in tensors.items() if not name.startswith(("lion.", "adam."))}
+        self.is_checkpoint = len(self.stored) < len(tensors)
+        with sound(path, "a model"):
+            self.cfg = read_settings(self.meta, self.stored)
+        self.positions = len(self.stored["wpe"])
+        rounding = lambda name: format_read(name, self.cfg.precision)[1]
+        self.p = {name: rounding(name)(t.double()) for name, t in self.stored.items()}
+
+    def __call__(self, tokens):
+        """The logits after each of up to `positions` tokens, (T,vocab); given several rows, (B,T,vocab)."""
+        tokens = torch.as_tensor(list(tokens) if isinstance(tokens, bytes) else tokens)
+        rows = tokens.reshape(-1, tokens.shape[-1])
+        with torch.no_grad():
+            act = forward(self.p, rows, rows, self.cfg, Numerics(self.cfg.precision, ready=True))[1]
+        if not act["logits"].isfinite().all():
+            stop(f"{self.path}: its logits are not finite; did the training diverge?")
+        return act["logits"].reshape(*tokens.shape, -1)
+
+    def cost(self, context, completion):
+        """The mean cross-entropy of the completion's tokens; of a text that is too long, the end counts."""
+        text = (context + completion)[-self.positions - 1:]
+        losses = F.cross_entropy(self(text[:-1]), torch.tensor(text[1:]), reduction="none")
+        return losses[-len(completion):].mean().item()
+
+    def generate(self, tokens, count, temperature=0.0, top_k=0, seed=None):
+        """Yields the next `count` tokens. When no position is left, the later half of the window goes on."""
+        T, random = self.positions, np.random.default_rng(seed)
+        window = list(tokens)[-T:]
+        for _ in range(count):
+            logits = self(window)[-1].numpy()
+            order = np.argsort(-logits, kind="stable")          # of equals the lower token
+            order = order[:1 if temperature == 0 else top_k or None]
+            weights = np.exp((logits[order] - logits[order[0]]) / (temperature or 1))
+            if len(window) == T:
+                del window[:T - T // 2]
+            window.append(int(random.choice(order, p=weights / weights.sum())))
+            yield window[-1]
+
+def generate(path, prompt, count, temperature, top_k):
+    """Prints the prompt and how the model goes on: text; or numbers, where the tokens' table is missing."""
+    model = Model(path)
+    if model.cfg.vocab == 256:
+        tokens, table = os.fsencode(prompt), [bytes([i]) for i in range(256)]
+    else:
+        try:
+            tokens = [int(number) for number in prompt.split()]
+        except ValueError:
+            stop("--prompt: this model wants the numbers that data/tokenize.py --encode TEXT prints")
+        beside = os.path.join(os.path.dirname(model.meta.get("input", "")), "gpt2_tokenizer.bin")
+        at = model.meta.get("tokenizer") or beside
+        script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "../data/tokenize.py")
+        table = runpy.run_path(script)["read_tokenizer"](at) if os.path.exists(at) else ()
+        if len(table) < model.cfg.vocab:
+            table = [b"%d " % i for i in range(model.cfg.vocab)]
+    if not tokens or not 0 <= min(tokens) <= max(tokens) < model.cfg.vocab:
+        stop(f"--prompt: at least one token, and all of them below {model.cfg.vocab}")
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for token in itertools.chain(tokens, model.generate(tokens, count, temperature, top_k)):
+        sys.stdout.buffer.write(decoder.decode(table[token]).encode())
+        sys.stdout.buffer.flush()
+    print(decoder.decode(b"", True))
+    return True
+
+def read_questions(path, vocab):
+    """(right answer, context, completions) of each question of an evaluation file of llm.c."""
+    try:
+        with open(path, "rb") as f:
+            data = f.read()
+    except OSError as e:
+        stop(f"cannot read {path}: {e.strerror}")
+    questions = []
+    with sound(path, "a file of questions"):
+        if len(data) < 1024 or struct.unpack_from("<2i", data) != (20240522, 1):
+            raise ValueError("it does not begin with 20240522, 1")
+        words = np.frombuffer(data[1024:], "<u2").tolist()[::-1]    # pop() gives the next
+        take = lambda: [words.pop() for _ in range(words.pop())]
+        for i in range(struct.unpack_from("<i", data, 8)[0]):
+            left = len(words)
+            start, size, _, label, n = (words.pop() for _ in range(5))
+            context, completions = take(), [take() for _ in range(n)]
+            whole = start == 65535 and size == 2 * (left - len(words))
+            if not whole or label >= n or not context or not all(completions):
+                raise ValueError(f"question {i}")
+            if max(map(max, [context, *completions])) >= vocab:
+                raise ValueError(f"question {i} has a token that is none of the model's {vocab}")
+            questions.append((label, context, completions))
+        if words or not questions:
+            raise ValueError("its header and its length do not agree")
+    return questions
+
+def hellaswag(path, file):
+    model, right = Model(path), 0
+    questions = read_questions(file, model.cfg.vocab)
+    for i, (label, context, completions) in enumerate(questions):
+        costs = [model.cost(context, completion) for completion in completions]
+        choice = costs.index(min(costs))                        # the first of equals
+        right += choice == label
+        print(f"question {i}: {choice} of", *(f"{cost:.4f}" for cost in costs),
+              "right" if choice == label else f"wrong, it is {label}", flush=True)
+    print(f"hellaswag: {right} of {len(questions)} right, {right / len(questions):.4f}")
+    return True
+
 # ---- --check: a dump of the C trainer against the reference ------------------------------------------------
 
 FP32_BOUND, RUNS, TIMES, FLOOR = 1e-5, 8, 3, 1e-4
@@ -366,50 +565,7 @@ def distance(a, b):
 def worst(errors):
     return float(np.max(list(errors)))                          # NaN, if there is one: max() might lose it
 
-def read_dump(path):
-    """Settings, parameters, batch and all tensors of a dump; ends with one line where something is wrong."""
-    try:
-        with safetensors.safe_open(path, framework="pt") as f:
-            meta, dump = f.metadata() or {}, {name: f.get_tensor(name) for name in f.keys()}
-    except Exception as e:
-        reason = str(e).partition("\n")[0]
-        stop(f"cannot read {path}: {reason}")
-    try:
-        if meta["scheme"] not in SCHEMES:
-            raise ValueError("scheme " + meta["scheme"])
-        multipliers = {key: meta.get(key.replace("_", "-"), str(value)) for key, value in DEFAULTS.items()}
-        cfg = settings(**{key: kind(meta[key]) for key, kind in (
-            ("scheme", str), ("precision", str), ("activation", str), ("heads", int), ("vocab", int),
-            ("tau", float))}, **{key: float("-1" if x == "auto" else x) for key, x in multipliers.items()})
-        cfg.S_used, cfg.device = float(meta["grad_scale"]), meta.get("device", "CPU")
-        p = {name[6:]: t.double() for name, t in dump.items() if name.startswith("param.")}
-        tokens, targets = dump["tokens"].long(), dump["targets"].long()
-        (T, C), Vp = p["wpe"].shape, p["wte"].shape[0]
-        cfg.layers = sum(name.endswith(".qkv") for name in p)
-        expected = shapes(cfg.layers, C, T, Vp)
-        wrong = [n for n in expected.keys() | p.keys() if n not in p or tuple(p[n].shape) != expected.get(n)]
-        for bad, what in (
-                (wrong, "missing, unexpected or misshapen parameters: " + " ".join(sorted(wrong))),
-                (any(not getattr(cfg, key) > 0 for key in DEFAULTS if key.startswith(("base_", "alpha_"))),
-                 "a multiplier that is not positive"),
-                (cfg.precision not in ("fp32", "bf16", "fp8"), "precision " + cfg.precision),
-                (cfg.activation not in ACTIVATIONS, "activation " + cfg.activation),
-                (cfg.heads < 1 or C % cfg.heads, f"{cfg.heads} heads at width {C}"),
-                (not 0 <= cfg.tau <= 1, f"tau {cfg.tau}"),
-                (not 0 < cfg.vocab <= Vp, f"vocabulary {cfg.vocab} with {Vp} rows"),
-                (tokens.ndim != 2 or tokens.numel() == 0 or tokens.shape[1] > T, "shape of tokens"),
-                (tokens.shape != targets.shape, "shape of targets")):
-            if bad:
-                raise ValueError(what)
-        if any(t.min() < 0 or t.max() >= cfg.vocab for t in (tokens, targets)):
-            raise ValueError("a token outside the vocabulary")
-    except KeyError as e:
-        stop(f"{path} is not the dump of a first step: no {e}")
-    except (ValueError, IndexError) as e:
-        stop(f"{path} is not a sound dump: {e}")
-    return cfg, p, tokens, targets, dump
-
-def check(path):
+def check(path, file):
     cfg, p, tokens, targets, dump = read_dump(path)
     fp32, S = cfg.precision == "fp32", grad_scale(cfg, tokens, p["wte"].shape[1])
     reference = first_step(p, tokens, targets, cfg, Numerics(cfg.precision))
@@ -417,6 +573,13 @@ def check(path):
     for seed in range(0 if fp32 else RUNS):
         run = first_step(p, tokens, targets, cfg, Numerics(cfg.precision, seed))
         spread = {name: worst([spread[name], distance(run[name], b)]) for name, b in reference.items()}
+    model = Model(file) if file else None
+    if model:
+        differ = [key for key, value in vars(model.cfg).items() if value != getattr(cfg, key) and key != "row"]
+        if differ:
+            stop(f"{file} and {path} are not one model: they differ in {', '.join(differ)}")
+        reference["model.logits"], spread["model.logits"] = model(tokens), spread["logits"]
+        dump["model.logits"] = dump["logits"]
     print(f"{path}: {cfg.scheme} {cfg.precision}, L={cfg.layers} C={p['wte'].shape[1]} H={cfg.heads} "
           f"V={cfg.vocab}, batch {tokens.shape[0]} x {tokens.shape[1]}")
     how = f"{FP32_BOUND:g}" if fp32 else f"{TIMES} x the largest spread of {RUNS} float32 runs + {FLOOR:g}"
@@ -439,7 +602,14 @@ def check(path):
     if not (abs(cfg.S_used / S - 1) <= 1e-6):
         failed += 1
         print(f"grad_scale {cfg.S_used:g} FAIL: should be {S}")
-    print(f"{'FAIL' if failed else 'PASS'}: {len(reference) + 1 - failed} of {len(reference) + 1} agree")
+    for name, t in model.stored.items() if model else ():       # a checkpoint has masters
+        dtype, to = (torch.float32, exact) if model.is_checkpoint else format_read(name, cfg.precision)
+        same = torch.equal(*(x.double().view(torch.int64) for x in (t, to(p[name]))))
+        if t.dtype != dtype or not same:
+            failed += 1
+            print(f"{name:22s} of {file} FAIL:", "not the dump's" if t.dtype == dtype else f"{t.dtype}, not {dtype}")
+    checks = len(reference) + 1 + len(model.stored if model else ())
+    print(f"{'FAIL' if failed else 'PASS'}: {checks - failed} of {checks} agree")
     if failed and cfg.device != "CPU" and not fp32:
         print("This is the dump of a GPU, whose attention rounds relative to the largest score so far, and takes\n"
               "rowsum(P dP) from the rounded y: in bf16 and fp8 that shows, and grows behind it. Compare in\n"
@@ -586,6 +756,58 @@ def test_formats(expect):
         ends = mine(torch.tensor([math.inf, -math.inf, math.nan], dtype=torch.float64)).tolist()
         expect(f"{name}: +-infinity does not become +-{top:g}, NaN does not stay",
                (ends[0] != top) + (ends[1] != -top) + (not math.isnan(ends[2])), 0)
+
+def test_model(expect):
+    """What an exported file gives is what training would give; tokens and answers are chosen as described."""
+    random, (T, V), torch_files = np.random.RandomState(4), (7, 50), need("safetensors.torch")
+    tokens = torch.from_numpy(random.randint(0, V, (3, T)))
+    with tempfile.TemporaryDirectory() as folder:
+        def written(tensors, cfg=settings(scheme="us")):
+            meta = {key.replace("_", "-"): str(value) for key, value in vars(cfg).items() if key != "row"}
+            torch_files.save_file(tensors, folder + "/file", meta)
+            return folder + "/file"
+        codes = torch.arange(256).to(torch.uint8)
+        e, m = codes.double().div(8).floor() % 16, codes.double() % 8
+        x = torch.where(e > 0, (1 + m / 8) * 2**(e - 7), m / 8 * 2**-6.0) * torch.where(codes < 128, 1, -1)
+        x[[127, 255]] = math.nan
+        stored = read_file(written({"x": codes.view(torch.float8_e4m3fn)}))[1]["x"].double()
+        for what, y in ("read unlike the format says", stored), ("changed by e4m3()", e4m3(x)):
+            same = (y == x) & (y.signbit() == x.signbit()) | y.isnan() & x.isnan()
+            expect(f"of 256 codes, {what}", (~same).sum().item(), 0)
+        for scheme in SCHEMES:
+            errors = []
+            for precision in ("fp8", "bf16", "fp32"):
+                cfg = settings(scheme=scheme, precision=precision, heads=3, tau=0.3, activation="gelu",
+                               vocab=V)
+                p = random_params(random, shapes(2, 24, T, 128), cfg.row.std, 0.1)
+                formats = {name: format_read(name, precision) for name in p}
+                model = Model(written({n: to(p[n]).to(dtype) for n, (dtype, to) in formats.items()}, cfg))
+                masters = Model(written({name: t.float() for name, t in p.items()}, cfg))
+                want = first_step(p, tokens, tokens, model.cfg, Numerics(precision))["logits"]
+                errors += [distance(m(tokens), want) for m in (model, masters)]
+            expect(f"{scheme}: logits of exports and checkpoints unlike training's", worst(errors), 0)
+        questions, data, errors = [], b"", []                   # of `model`, the last one
+        for label, context, n in (0, 3, 4), (1, 4, 4), (0, 9, 2), (1, 2, 7), (0, 2, 12):    # T + 1: all is read
+            text = random.randint(0, V, context + n).tolist()
+            questions.append((label, text[:context], [text[context:], text]))
+            words = [x for part in (text[:context], text[context:], text) for x in (len(part), *part)]
+            data += struct.pack(f"<{5 + len(words)}H", 65535, 10 + 2 * len(words), 0, label, 2, *words)
+            text = text[-T - 1:]
+            want = [-model(text[:i])[-1].log_softmax(0)[text[i]] for i in range(len(text))[1:][-n:]]
+            errors.append(model.cost(questions[-1][1], questions[-1][2][0]) - sum(want).item() / len(want))
+        expect("cost of an answer unlike that of its last T tokens", np.abs(errors).max(), 1e-12)
+        with open(folder + "/questions", "wb") as f:
+            f.write(struct.pack("<256i", 20240522, 1, len(questions), *[0] * 253) + data)
+        expect("questions read unlike written", read_questions(folder + "/questions", V) != questions, 0)
+    text = [3, 1, 4, 1, 5]
+    text += model.generate(text, 9)
+    windows = [text[at - n:at] for at, n in zip(range(5, 14), (5, 6, 7, 4, 5, 6, 7, 4, 5))]
+    expect("likeliest tokens unlike those of windows up to full, from its half, up to full",
+           text[5:] != [model(window)[-1].argmax().item() for window in windows], 0)
+    best = model(text[:3])[-1].topk(3)
+    drawn = [next(model.generate(text[:3], 1, 0.5, 3, seed)) for seed in range(1000)]
+    off = torch.tensor([drawn.count(i) / 1000 for i in best.indices]) - torch.softmax(best.values / 0.5, 0)
+    expect("shares of 1000 tokens drawn from three off", off.abs().max().item(), 0.05)
 
 def test_linear(expect):
     """One linear in FP8 against its three formulas, rounding by rounding."""
@@ -774,7 +996,7 @@ def selftest():
     def expect(what, error, bound):
         outcomes.append(bool(error <= bound))                   # NaN is no success
         print(f"{'ok  ' if outcomes[-1] else 'FAIL'} {what}: {error:.2g} (at most {bound:g})")
-    for test in (test_formats, test_linear, test_constants, test_gradients, test_optimizers,
+    for test in (test_formats, test_model, test_linear, test_constants, test_gradients, test_optimizers,
                  test_initialisation):
         test(expect)
     print(f"{sum(outcomes)} passed, {len(outcomes) - sum(outcomes)} failed")
@@ -787,7 +1009,18 @@ if __name__ == "__main__":
     action.add_argument("--check", metavar="DUMP", help="compare a dump of the C trainer's first step")
     action.add_argument("--write", metavar="FILE", help="write the state that the C tests compare with")
     action.add_argument("--seeds", choices=list(SEEDS), help="look for that state's seed of a scheme")
+    action.add_argument("--generate", metavar="FILE", help="write on with a trained model")
+    action.add_argument("--hellaswag", nargs=2, metavar=("FILE", "QUESTIONS"), help="acc_norm of a model")
+    parser.add_argument("--model", metavar="FILE", help="with --check: an export of the dump's parameters")
+    parser.add_argument("--prompt", default="", help="how the text begins: GPT-2's tokens as numbers")
+    parser.add_argument("--tokens", type=int, default=256, help="to write [256]")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token [0.8]")
+    parser.add_argument("--top-k", type=int, default=0, help="choose among so many likeliest (0: all) [0]")
     args = parser.parse_args()
+    if not (args.tokens >= 0 and args.temperature >= 0 and args.top_k >= 0):
+        stop("--tokens, --temperature and --top-k: not below 0")
     good = (selftest() if args.selftest else write(args.write) if args.write else
-            seeds(args.seeds) if args.seeds else check(args.check))
+            seeds(args.seeds) if args.seeds else hellaswag(*args.hellaswag) if args.hellaswag else
+            generate(args.generate, args.prompt, args.tokens, args.temperature, args.top_k)
+            if args.generate else check(args.check, args.model))
     sys.exit(0 if good else 1)
