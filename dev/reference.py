@@ -579,7 +579,7 @@ def check(path, file):
         if differ:
             stop(f"{file} and {path} are not one model: they differ in {', '.join(differ)}")
         reference["model.logits"], spread["model.logits"] = model(tokens), spread["logits"]
-        dump["model.logits"] = dump["logits"]
+        dump |= {"model.logits": dump[name] for name in ("logits",) if name in dump}
     print(f"{path}: {cfg.scheme} {cfg.precision}, L={cfg.layers} C={p['wte'].shape[1]} H={cfg.heads} "
           f"V={cfg.vocab}, batch {tokens.shape[0]} x {tokens.shape[1]}")
     how = f"{FP32_BOUND:g}" if fp32 else f"{TIMES} x the largest spread of {RUNS} float32 runs + {FLOOR:g}"
