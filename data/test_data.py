@@ -827,7 +827,8 @@ def test_reference(tmp):
     for path, prompt, word in [(sound, "", "at least one"), (numbers, "a", "numbers"),
                                (numbers, "9 255", "below 255")]:
         fails(f"--prompt {prompt}", python(REFERENCE, "--generate", path, "--prompt", prompt), "--prompt", word)
-    for path, prompt, text in [(sound, "ab", "ab\0\0\n"), (numbers, "97 98", "97 98 0 0 \n")]:
+    for path, prompt, text in [(sound, "ab", "ab\0\0\n"),
+                               (numbers, "97 98", "97 98 0 0 \n")]:
         done = python(REFERENCE, "--generate", path, "--prompt", prompt, "--tokens", "2", "--temperature", "0")
         check("--generate, the lowest of equals", works("--generate", done) == text, repr(done.stdout))
 

@@ -490,7 +490,7 @@ class Model:
             yield window[-1]
 
 def generate(path, prompt, count, temperature, top_k):
-    """Prints the prompt and how the model goes on: text; or numbers, where the tokens' table is missing."""
+    """Prints the prompt and how the model goes on: text, or numbers where the tokens' table is missing."""
     model = Model(path)
     if model.cfg.vocab == 256:
         tokens, table = os.fsencode(prompt), [bytes([i]) for i in range(256)]
@@ -508,7 +508,8 @@ def generate(path, prompt, count, temperature, top_k):
     if not tokens or not 0 <= min(tokens) <= max(tokens) < model.cfg.vocab:
         stop(f"--prompt: at least one token, and all of them below {model.cfg.vocab}")
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for token in itertools.chain(tokens, model.generate(tokens, count, temperature, top_k)):
+    text = itertools.takewhile(lambda token: token != 50256, model.generate(tokens, count, temperature, top_k))
+    for token in itertools.chain(tokens, text):                 # up to GPT-2's end-of-text
         sys.stdout.buffer.write(decoder.decode(table[token]).encode())
         sys.stdout.buffer.flush()
     print(decoder.decode(b"", True))
@@ -575,7 +576,7 @@ def check(path, file):
         spread = {name: worst([spread[name], distance(run[name], b)]) for name, b in reference.items()}
     model = Model(file) if file else None
     if model:
-        differ = [key for key, value in vars(model.cfg).items() if value != getattr(cfg, key) and key != "row"]
+        differ = [key for key, x in vars(model.cfg).items() if x != getattr(cfg, key) and key != "row"]
         if differ:
             stop(f"{file} and {path} are not one model: they differ in {', '.join(differ)}")
         reference["model.logits"], spread["model.logits"] = model(tokens), spread["logits"]
@@ -607,7 +608,8 @@ def check(path, file):
         same = torch.equal(*(x.double().view(torch.int64) for x in (t, to(p[name]))))
         if t.dtype != dtype or not same:
             failed += 1
-            print(f"{name:22s} of {file} FAIL:", "not the dump's" if t.dtype == dtype else f"{t.dtype}, not {dtype}")
+            print(f"{name:22s} of {file} FAIL:",
+                  "not the dump's" if t.dtype == dtype else f"{t.dtype}, not {dtype}")
     checks = len(reference) + 1 + len(model.stored if model else ())
     print(f"{'FAIL' if failed else 'PASS'}: {checks - failed} of {checks} agree")
     if failed and cfg.device != "CPU" and not fp32:
@@ -787,7 +789,7 @@ def test_model(expect):
                 errors += [distance(m(tokens), want) for m in (model, masters)]
             expect(f"{scheme}: logits of exports and checkpoints unlike training's", worst(errors), 0)
         questions, data, errors = [], b"", []                   # of `model`, the last one
-        for label, context, n in (0, 3, 4), (1, 4, 4), (0, 9, 2), (1, 2, 7), (0, 2, 12):    # T + 1: all is read
+        for label, context, n in (0, 3, 4), (1, 4, 4), (0, 9, 2), (1, 2, 7), (0, 2, 12):
             text = random.randint(0, V, context + n).tolist()
             questions.append((label, text[:context], [text[context:], text]))
             words = [x for part in (text[:context], text[context:], text) for x in (len(part), *part)]
@@ -799,14 +801,14 @@ def test_model(expect):
         with open(folder + "/questions", "wb") as f:
             f.write(struct.pack("<256i", 20240522, 1, len(questions), *[0] * 253) + data)
         expect("questions read unlike written", read_questions(folder + "/questions", V) != questions, 0)
-    text = [3, 1, 4, 1, 5]
-    text += model.generate(text, 9)
-    windows = [text[at - n:at] for at, n in zip(range(5, 14), (5, 6, 7, 4, 5, 6, 7, 4, 5))]
-    expect("likeliest tokens unlike those of windows up to full, from its half, up to full",
-           text[5:] != [model(window)[-1].argmax().item() for window in windows], 0)
+    for start, windows in (5, (5, 6, 7, 4, 5, 6, 7, 4)), (9, (7, 4, 5)):    # a window full: on from its half
+        text = random.randint(0, V, start).tolist()
+        text += model.generate(text, len(windows))
+        want = [model(text[at - n:at])[-1].argmax().item() for at, n in enumerate(windows, start)]
+        expect(f"{start} tokens and those that follow unlike the likeliest", text[start:] != want, 0)
     best = model(text[:3])[-1].topk(3)
-    drawn = [next(model.generate(text[:3], 1, 0.5, 3, seed)) for seed in range(1000)]
-    off = torch.tensor([drawn.count(i) / 1000 for i in best.indices]) - torch.softmax(best.values / 0.5, 0)
+    drawn = [next(model.generate(text[:3], 1, 0.1, 3, seed)) for seed in range(1000)]
+    off = torch.tensor([drawn.count(i) / 1000 for i in best.indices]) - torch.softmax(best.values / 0.1, 0)
     expect("shares of 1000 tokens drawn from three off", off.abs().max().item(), 0.05)
 
 def test_linear(expect):
