@@ -47,7 +47,7 @@ static void charge(Model* m, int l, int kind, long n) {
 static Config config_of(const char* shape, const char* precision) {
     char name[] = "bench_us", flag[] = "--precision", *args[] = {name, flag, copied(precision)};
     Config c;
-    config_parse(&c, 3, args, NULL);
+    config_parse(&c, 3, args, NULL, 0);
     if (sscanf(shape, "L%d H%d C%d T%d B%d V%d", &c.layers, &c.heads, &c.width, &c.seq, &c.batch,
                &c.vocab) != 6) die("\"%s\" is no shape", shape);
     config_defaults(&c);
@@ -176,7 +176,7 @@ int main(int argc, char** argv) {
     speed("L4 H4 C256 T256 B4 V256", budget);
     speed("L12 H12 C768 T64 B4 V50257", budget);
     Config c;
-    config_parse(&c, 1, argv, NULL);
+    config_parse(&c, 1, argv, NULL, 0);
     c.vocab = BYTES_VOCAB;
     beside_busy_processes(c, budget / 5);
     return 0;

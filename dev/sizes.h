@@ -9,7 +9,7 @@ enum { NUM_MODELS = sizeof MODELS / sizeof *MODELS, IN_BF16 = 1, IN_FP8 };
 static Config config_of(const BenchModel* b, int mode, int vocab) {
     char name[] = "sizes", *none[] = {name};
     Config c;
-    config_parse(&c, 1, none, NULL);
+    config_parse(&c, 1, none, NULL, 0);
     c.layers = b->layers, c.heads = b->heads, c.width = b->width, c.seq = b->seq, c.vocab = vocab;
     c.precision = mode, c.steps = 100, c.batch = b->batch, c.tau = default_tau(c.layers);
     return c;

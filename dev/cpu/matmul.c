@@ -86,7 +86,7 @@ static void registers(PRODUCT) {
                         for (int l = 0; l < NV; l++)
                             c[r][l] += row[r][k * a.col] * ((const Vec*)(bt + k * width + j))[l];
                 store(out + i * ld + j, ld, (float*)c, alpha, min_l(MR, M - i), min_l(NR, N - j),
-                      accumulate || k0 > 0, k1 == K ? format : FP32, 0);
+                      accumulate || k0 > 0, k1 == K ? format : FP32);
             }
 }
 
@@ -120,7 +120,7 @@ INLINE void by_panels(Tile* multiply, int R, int pairs, int ahead, PRODUCT) {
                     for (int l = 0; l < NR; l += 16) __builtin_prefetch(o + r * ld + l, 1);
                 multiply(sums, panels + i * words, panel, words);
                 store(o, ld, sums, alpha, rows, min_l(NR, N - j), accumulate || k > 0,
-                      k1 == K ? format : FP32, 0);
+                      k1 == K ? format : FP32);
             }
         }
     }
@@ -155,8 +155,7 @@ static void pairs_of_bf16(PRODUCT) { by_strips(tile_pairs, PAIR_ROWS, 1, 1, SAME
 
 // ---- 9. train_us.c's matmul -------------------------------------------------------------------------------
 // Version 8, or 7 where an operand is FP32, and what makes it good at every shape: rows and columns divided
-// so that threads pack the least; at most 2 MB of a at once; no threads for small products; stores around the
-// caches, where out is far larger than they are.
+// so that threads pack the least; at most 2 MB of a at once; no threads for small products.
 typedef struct { const char* idea; void (*run)(PRODUCT); int fp32, narrow; } Version;  // of which operands
 static const Version VERSIONS[] = {
     {"the definition", matmul_plain, 1, 0}, {"order of the loops", order, 1, 0},

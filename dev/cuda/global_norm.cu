@@ -96,7 +96,7 @@ static void open_case(const long* shape) {
     char name[] = "global_norm", *none[] = {name};
     Config c;
     const Tensor* first_bad;
-    config_parse(&c, 1, none, NULL);
+    config_parse(&c, 1, none, NULL, 0);
     c.layers = (int)shape[0], c.width = (int)shape[1], c.vocab = (int)shape[2], planted = (int)shape[3];
     free(model.tensors);
     model_layout(&model, &c);
