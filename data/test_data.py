@@ -39,6 +39,7 @@ import time
 TOKENIZE, FINEWEB = os.path.join(HERE, "tokenize.py"), os.path.join(HERE, "fineweb.py")
 SHAKESPEARE, HELLASWAG = os.path.join(HERE, "tinyshakespeare.sh"), os.path.join(HERE, "hellaswag.py")
 REFERENCE = os.path.join(os.path.dirname(HERE), "dev", "reference.py")
+TRAINER = os.path.join(os.path.dirname(HERE), "train_us")
 HAVE_TIKTOKEN = importlib.util.find_spec("tiktoken") is not None
 HAVE_REFERENCE = all(importlib.util.find_spec(name) for name in ("numpy", "safetensors", "torch"))
 # For env: nobody listens at port 9, and an empty cache makes tiktoken try.
@@ -854,6 +855,85 @@ def test_reference(tmp):
 
 
 # ----------------------------------------------------------------------------------------------------------
+# HellaSwag once more, from the definition: what the trainer answers
+
+def small_model(path):
+    """An exported µS model in FP32 as a function: tokens to the logits after each."""
+    import numpy as np
+    data = read(path)
+    size = int.from_bytes(data[:8], "little")
+    header, w = json.loads(data[8:8 + size]), {}
+    meta = header.pop("__metadata__")
+    for name, entry in header.items():
+        begin, end = (8 + size + at for at in entry["data_offsets"])
+        w[name] = np.frombuffer(data[begin:end], "<f4").reshape(entry["shape"]).astype(float)
+    heads, tau = int(meta["heads"]), float(meta["tau"])
+    linear = lambda x, name: x @ w[name].T / math.sqrt(w[name].shape[1])
+    gelu = np.vectorize(lambda x: x * (1 + math.erf(x / math.sqrt(2))) / 2)
+
+    def norm(x, name):
+        x = x - x.mean(-1, keepdims=True)
+        return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5) * w[name + ".gain"] + w[name + ".bias"]
+
+    def attention(qkv):
+        n, parts = len(qkv), np.split(qkv, 3, -1)
+        q, k, v = (x.reshape(n, heads, -1).transpose(1, 0, 2) for x in parts)
+        scores = q @ k.transpose(0, 2, 1) / math.sqrt(q.shape[-1]) + np.triu(np.full((n, n), -np.inf), 1)
+        e = np.exp(scores - scores.max(-1, keepdims=True))
+        return (e / e.sum(-1, keepdims=True) @ v).transpose(1, 0, 2).reshape(n, -1)
+
+    def logits(tokens):
+        x = (w["wte"][tokens] + w["wpe"][:len(tokens)]) / math.sqrt(2)
+        for i in range(int(meta["layers"])):
+            h = f"h.{i}."
+            branch = linear(attention(linear(x, h + "qkv")), h + "out")
+            x = math.sqrt(1 - tau) * x + math.sqrt(tau) * norm(branch, h + "ln1")
+            branch = linear(gelu(linear(x, h + "up")), h + "down")
+            x = math.sqrt(1 - tau) * x + math.sqrt(tau) * norm(branch, h + "ln2")
+        return norm(x, "lnf") @ w["head"][:50257].T / x.shape[-1]
+    return logits, len(w["wpe"])
+
+
+def test_answers(tmp):
+    if not os.path.exists(TRAINER) or importlib.util.find_spec("numpy") is None:
+        return skip("HellaSwag's answers", "./train_us is not built (make), or numpy is not installed")
+    import numpy as np
+    draws, T, model, questions = random.Random(5), 20, f"{tmp}/model", []
+    write(f"{tmp}/text.bin", make_shard([draws.randrange(50257) for _ in range(900)]))
+    done = run(TRAINER, "--input", f"{tmp}/text.bin", "--out", f"{tmp}/run", "--layers", "2", "--width", "32", "--seq",
+               str(T), "--batch", "4", "--steps", "3", "--precision", "fp32", "--tokens", "1")
+    works("train_us", done)
+    works("--export", run(TRAINER, "--load", f"{tmp}/run/checkpoint.safetensors", "--export", model))
+    logits, positions = small_model(model)
+    check("positions", positions == T)
+    for i in range(40):  # contexts and endings shorter and longer than the window
+        context = [draws.randrange(50257) for _ in range(draws.randint(1, 30 if i % 3 == 0 else 8))]
+        endings = [[draws.randrange(50257) for _ in range(draws.randint(1, 25 if i % 5 == 0 else 7))] for _ in range(4)]
+        means = []
+        for ending in endings:
+            text = (context + ending)[-T - 1:]
+            z = logits(text[:-1])
+            losses = np.log(np.exp(z).sum(-1)) - z[np.arange(len(z)), text[1:]]
+            means.append(losses[-len(ending):].mean())
+        questions.append((means.index(min(means)), context, endings))
+    for shift in (0, 1):
+        body = b""
+        for i, (answer, context, endings) in enumerate(questions):
+            words = [i, (answer + shift * (i % 4)) % 4, 4]
+            for part in (context, *endings):
+                words += [len(part), *part]
+            body += struct.pack(f"<{len(words) + 2}H", 65535, 2 * len(words) + 4, *words)
+        write(f"{tmp}/questions", struct.pack("<256i", 20240522, 1, len(questions), 2000, *[0] * 252) + body)
+        done = run(TRAINER, "--load", model, "--evaluate", "--hellaswag", f"{tmp}/questions")
+        right = 10 if shift else 40
+        works("--evaluate", done)
+        check("the trainer's answers", f"hellaswag: {right} of 40 right" in done.stdout, done.stdout[-200:])
+        if HAVE_REFERENCE:
+            done = python(REFERENCE, "--hellaswag", model, f"{tmp}/questions")
+            check("the reference's answers", f"hellaswag: {right} of 40 right" in done.stdout, done.stdout[-200:])
+
+
+# ----------------------------------------------------------------------------------------------------------
 
 def main():
     p = argparse.ArgumentParser(description="Test the scripts of this folder; no network needed.")
@@ -867,7 +947,7 @@ def main():
                   test_tokenize_errors, test_tokenize_decode_errors, test_tokenize_interrupted,
                   test_hellaswag_results, test_hellaswag_errors, test_hellaswag_fetch]
     others = [test_tokenize_without_tiktoken, test_tokenize_gpt2, test_tinyshakespeare, test_fineweb,
-              test_reference]
+              test_reference, test_answers]
     for test in with_vocab + others:
         with tempfile.TemporaryDirectory() as tmp:
             make_vocab(tmp)
