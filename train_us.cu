@@ -698,7 +698,7 @@ attention_forward_mma(Dest<bf16> y, float* lse, const bf16* qkv, int t0, int T, 
     extern __shared__ __align__(16) bf16 shared[];
     enum { SIZE = ROWS * D };
     bf16 *Q = shared, *K = Q + SIZE, *V = K + 2 * SIZE;
-    const int q0 = t0 + (gridDim.x - 1 - blockIdx.x) * ROWS, last = q0 / ROWS, lane = threadIdx.x % 32;
+    const int last = t0 / ROWS + gridDim.x - 1 - blockIdx.x, q0 = last * ROWS, lane = threadIdx.x % 32;
     const long b = blockIdx.z, h = blockIdx.y, stride = 3 * C;
     const bf16 *q = qkv + b * T * stride + h * D, *k = q + C, *v = k + C;
     uint32_t rows[D / 16][4];
