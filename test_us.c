@@ -433,6 +433,7 @@ static void forget(Tokens* t) {
     for (int i = 0; i < t->num_shards; i++) free((char*)t->shards[i].path);
     free(t->shards);
 }
+static void close_archive(Archive* a) { free((char*)a->path), free((char*)a->header); }
 static void text_file(char* path, size_t size, const char* name) {
     snprintf(path, size, "%s/%s", work, name);
 }
@@ -669,6 +670,7 @@ static void test_oracle(void) {
                 if (!rough) check_tensors(&m, m.params, m.params, &a, prefix, base, spread, "", what);
                 device->close(&m), model_free(&m);
             }
+    close_archive(&a);
 }
 
 // The true gradient is grads / grad_scale, for all schemes and activations: central
@@ -1094,6 +1096,7 @@ static void test_archive(void) {
     check(odd && strcmp(odd, "µ") == 0 && whole && strcmp(whole, longest) == 0 && last &&
               strcmp(last, "4761") == 0 && !archive_get(&a, "k70") && !archive_get(&a, "t"), "metadata");
     check(archive_find(&a, "t", 1, 1)[0] == 3 && archive_find(&a, "t.u", 2, 1)[1] == -2, "tensors");
+    close_archive(&a);
 
     // Written in every format and read again: values that a format has are the same, others are rounded.
     float x[259];
@@ -1118,6 +1121,7 @@ static void test_archive(void) {
         check(wrong == 0, "%s: %d values are not what was written", DTYPES[dtype].name, wrong);
         check(archive_tensor(&a, DTYPES[dtype].name).values == 259, "%s: how many", DTYPES[dtype].name);
     }
+    close_archive(&a);
 }
 
 // -----------------------------------------------------------------------------------------------------------
@@ -1859,7 +1863,7 @@ static void test_dump(void) {
     for (const char* at = a.header; (at = strstr(at, "{\"dtype\"")) != NULL; at++) tensors++;
     check(strcmp(archive_tensor(&a, "act.lnf").shape, "3,16,32") == 0 && tensors == 4 + 42 + 2 + 16,
           "dump: %d tensors", tensors);
-    free(logits), model_free(&m), forget(&tokens);
+    free(logits), close_archive(&a), model_free(&m), forget(&tokens);
 }
 
 // What generate asks a device for: a stand-in checks the window it is shown, and always answers with the next
@@ -2006,7 +2010,7 @@ static void served(const char* scheme, int precision) {
     check(tensors == m.num_tensors && c.size == bytes, "nothing else is in the exported file");
     check(run_us("--load %s/served/model --export %s/served/again")->status == 0, "%s", result.err);
     check(same_files("served/model", "served/again"), "an exported model is exported as it is");
-    model_free(&m);
+    close_archive(&a), close_archive(&b), close_archive(&c), model_free(&m);
 }
 static void test_served(void) {
     served("us", 2), served("us", 0), served("sp", 1), served("umup", 2);
@@ -2039,6 +2043,7 @@ static void test_served(void) {
     text_file(path, sizeof path, "served/dump1"), archive_read(&dump, path);
     const double first = atof(strstr(log, "\n1,") + 3), want = *archive_find(&dump, "loss", 1, 1);
     check_below(fabs(first / want - 1), 1e-5, "the first step's loss:", "--load");
+    close_archive(&dump);
     check(strstr(log, "\n3,") != NULL, "three steps: %s", log);
     check_fails("--load %s/served/model --out %s/tuned", "holds a run already");
     check(run_us("--load %s/served/model --out %s/tuned --resume --steps 4")->status == 0 &&
@@ -2112,14 +2117,14 @@ static void test_hellaswag(void) {
     text_file(path, sizeof path, "questions.bin"), text_file(shard, sizeof shard, "words.bin");
     write_shard(shard, q[0].tokens[0], 5 * LONGEST, 5 * LONGEST);
     for (int i = 0; i < 2; i++) {
-        Tokens tokens;
+        Tokens tokens, same;
         Questions questions = {0};
         Config c = small_config();
         c.precision = 0, c.layers = 1, c.width = 32, c.heads = 1, c.seq = 24, c.batch = batches[i];
         c.vocab = GPT2_VOCAB;
         Model m = text_model_on(device, c, &tokens, shard), cpu;
         c.batch = 1;
-        cpu = text_model(c, &tokens, shard);
+        cpu = text_model(c, &same, shard);
         for (int k = 0; k < ASKED; k++)  // all are answered right; then every third
             if (i == 0) choices[q[k].label = choice_of(&cpu, &q[k])]++;
             else q[k].label = (q[k].label + k % 3) % 4;
@@ -2131,7 +2136,7 @@ static void test_hellaswag(void) {
         check(lround(found) == right, "batch %d: %g of %d are right, not %d", batches[i], found, ASKED,
               right);
         check(m.rows == batches[i] * 24 && m.c.batch == batches[i], "the batch is as it was");
-        device->close(&m), model_free(&m), model_free(&cpu), forget(&tokens);
+        device->close(&m), model_free(&m), model_free(&cpu), forget(&tokens), forget(&same);
     }
     check(choices[0] && choices[1] && choices[2] && choices[3], "all four answers are given");
     // In training, in its log, and afterwards: the same share.

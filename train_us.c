@@ -1081,7 +1081,6 @@ static const char* shown(const char* s) {  // a path or text of the user's, safe
     for (char* p = copy; *p; p++) if (*p == '\n' || *p == '\t') *p = '?';
     return copy;
 }
-
 static const char* program = "train_us";
 static void (*last_words)(void);  // set: what has to be saved before the end
 static void die(const char* format, ...) {
@@ -1808,7 +1807,8 @@ static void config_parse(Config* c, int argc, char** argv, const Archive* checkp
         if (!o->name || o->type == FLAG) continue;
         option_set(c, o, o->value, "");
         const char* value = checkpoint && o->stored ? archive_get(checkpoint, o->name) : NULL;
-        if (value) option_set(c, o, copied(value), form("checkpoint %s: ", checkpoint->path));
+        if (value && o->type == TEXT) value = copied(value);
+        if (value) option_set(c, o, value, form("checkpoint %s: ", checkpoint->path));
         else if (checkpoint && o->stored == FIXED)  // a setting may be younger than the checkpoint
             die("checkpoint %s does not say its --%s", checkpoint->path, o->name);
     }
@@ -2438,18 +2438,18 @@ __attribute__((unused)) static int run(int argc, char** argv, const Device* devi
     if (uses + !!*c.dump > 1) die("--generate, --evaluate, --export and --dump exclude each other");
     if (uses && !*c.load) die("--generate, --evaluate and --export want a model: --load FILE");
     if (c.resume && !*c.out) die("--resume needs the --out directory of the run to continue");
-    const char* saved = copied(checkpoint_path(c.out));
-    const int resumes = trains && c.resume && access(saved, F_OK) == 0, loads = resumes || *c.load;
-    if (trains && *c.out && !c.resume && (!access(saved, F_OK) || !access(form("%s/log.csv", c.out), F_OK)))
+    const int there = access(checkpoint_path(c.out), F_OK) == 0, resumes = trains && c.resume && there;
+    const int loads = resumes || *c.load;
+    if (trains && *c.out && !c.resume && (there || access(form("%s/log.csv", c.out), F_OK) == 0))
         die("%s holds a run already: --resume it, or name another --out", c.out);
     if (loads) {
-        archive_read(&checkpoint, resumes ? saved : c.load);
+        archive_read(&checkpoint, resumes ? checkpoint_path(c.out) : c.load);
         config_parse(&c, argc, argv, &checkpoint, resumes);
         c.vocab = (int)checkpoint_number(&checkpoint, "vocab", 65536);
         if (c.vocab != BYTES_VOCAB && c.vocab != GPT2_VOCAB)
             die("%s was not trained on the kind of tokens known here: it has %d", checkpoint.path, c.vocab);
         if (resumes && checkpoint_number(&checkpoint, "step", 1e15) >= c.steps) {
-            printf("nothing to do: %s is of the last step; a larger --steps goes on\n", shown(saved));
+            printf("nothing to do: %s has all steps; a larger --steps goes on\n", shown(checkpoint.path));
             return 0;
         }
     }
@@ -2457,7 +2457,7 @@ __attribute__((unused)) static int run(int argc, char** argv, const Device* devi
     if (c.generate) c.batch = 1;
     if (c.evaluate || !uses) splits_open(&c, &training, &validation);
     if (resumes && !c.new_data && checkpoint_number(&checkpoint, "data", 0x1p53) != (long)c.data)
-        die("the data is not what %s was trained on: size or content differ; --new-data goes on", saved);
+        die("%s was trained on other data: size or content differ; --new-data goes on", checkpoint.path);
     config_defaults(&c);
     table_open(&text, &c);
     if (*c.hellaswag && (trains || c.evaluate)) {
@@ -2484,8 +2484,8 @@ __attribute__((unused)) static int run(int argc, char** argv, const Device* devi
     else if (trains) train(&m, device, &training, &validation, &questions, &text);
     else {
         const char* to = *c.dump ? c.dump : c.exported;
-        const int error = *c.dump ? dump(&m, device, &training) : checkpoint_save(&m, device, to);
-        if (error) die("cannot write %s: %s", to, strerror(error));
+        errno = *c.dump ? dump(&m, device, &training) : checkpoint_save(&m, device, to);
+        if (errno) die("cannot write %s: %s", to, strerror(errno));
         printf("wrote %s\n", shown(to));
     }
     device->close(&m);

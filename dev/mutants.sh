@@ -79,7 +79,7 @@ matmul: a block is turned by half | s/n < 2 \&\& along == across/n < 1 \&\& alon
 matmul: the rows of the next panel in this one | s/(i + r) \/ R \* R \* words + k/i \/ R * R * words + k/
 matmul: panels end where K does | s/words = div_up(k1 - k, WK \* depth) \* WK/words = (k1 - k) \/ depth/
 matmul: the sum is rounded after each stretch | s/k1 == K ? format : FP32/format/
-checkpoints: a log alone is no run | s/(!access(saved, F_OK) || !access(form("%s\/log.csv", c.out), F_OK))/!access(saved, F_OK)/
+checkpoints: a log alone is no run | s/(there || access(form("%s\/log.csv", c.out), F_OK) == 0)/there/
 amx: an operand in FP32 is cut to BF16 | s/a.format != FP32 \&\& b.format/a.format != FP32 || b.format/
 amx: both of a pair are its second | s/float_bits(low) >> 16/float_bits(high) >> 16/
 amx: pairs of rows are not neighbours | s/k \/ 2 + k % 2 \* WK/k/
@@ -157,7 +157,7 @@ load: BF16 in the wrong half | s/f.dtype == BF16 ? u << 16 : u/f.dtype == BF16 ?
 load: E4M3 is read as E5M2 | s/fp8_decode((uint8_t)u, E4M3)/fp8_decode((uint8_t)u, E5M2)/
 load: the step goes on | s/if (!uses && !resumes) m.step = m.sequence = 0;//
 load: the optimizer cannot change | s/"lion|adamw", INT, OF_RUN, /"lion|adamw", INT, FIXED, /
-load: a run that is there begins again | s/const int resumes = trains && c.resume && access/const int resumes = trains \&\& c.resume \&\& !*c.load \&\& access/
+load: a run that is there begins again | s/resumes = trains && c.resume && there;/resumes = trains \&\& c.resume \&\& there \&\& !*c.load;/
 evaluate: only what training looks at | s/if (c->evaluate && all) c->eval_tokens = 0;//
 evaluate: --eval-tokens does not count | s/if (c->evaluate && all)/if (c->evaluate)/
 evaluate: the training text is needed | s/if (c->evaluate && \*c->val) c->input = c->val;.*//
