@@ -2575,6 +2575,9 @@ static void check_kept(int scheme, int precision, int D, int recompute, int seq,
 static void test_next(void) {
     check_next(US);
     check_next(UMUP);  // attention's factor is that of the training run's --seq, not of the window so far
+    check_kept(US, IN_FP8, 64, 0, 70, 61, 12);
+}
+static void test_kept_rows(void) {
     const int schemes[] = {US, SP, UMUP};
     for (int i = 0; i < 3; i++) {
         for (int precision = IN_FP32; precision <= IN_FP8; precision++)  // from 61 to 70, then 36 and 37
@@ -2666,8 +2669,8 @@ static const struct { const char* name; void (*test)(void); int group; } TESTS[]
     RUN_TEST(command_line), RUN_TEST(bad_files), RUN_TEST(checkpoints), RUN_TEST(nothing_lost),
     TEST(validation),
 #ifdef US_CUDA
-    TEST(step_by_step), TEST(overlay), TEST(same_bits), TEST(next), TEST(head_in_pieces), TEST(not_finite),
-    RUN_TEST(changing_devices), RUN_TEST(gpu_limits),
+    TEST(step_by_step), TEST(overlay), TEST(same_bits), TEST(next), TEST(kept_rows), TEST(head_in_pieces),
+    TEST(not_finite), RUN_TEST(changing_devices), RUN_TEST(gpu_limits),
 #endif
 };
 
