@@ -1235,6 +1235,9 @@ static void test_command_line(void) {
     check_fails("--generate", "want a model: --load FILE");
     check_fails("--export x --input train_us.c", "want a model: --load FILE");
     check_fails("--load", "--load wants a value");
+    check_fails("--load a --export ''", "--export wants a value");
+    check_fails("--load a --export out/checkpoint.safetensors", "is the name of a run's checkpoint");
+    check_fails("--input train_us.c --dump checkpoint.safetensors", "is the name of a run's checkpoint");
     check_fails("--input train_us.c test_us.c", "no option test_us.c (see --help; quote patterns of");
     check_fails("--steps 5", "--input FILE is missing");
     // Every option: a value that is no number, one out of range, a choice that is none.
@@ -1297,11 +1300,11 @@ static void test_bad_files(void) {
     check(run_us("--load %s/ids/checkpoint.safetensors --generate --tokens 3")->status == 0, "%s",
           result.err);
     for (int i = 0; i < 4; i++) {
-        const char* const wrong[] = {"a", "50257", "-1", "'7 '"};
+        const char* const wrong[] = {"a", "50257", "-1", "'7 ,'"};
         const char* flags = form("--load %%s/ids/checkpoint.safetensors --generate --prompt %s", wrong[i]);
         check_fails(flags, "--prompt wants numbers of tokens here");
     }
-    run_us("--load %s/ids/checkpoint.safetensors --generate --tokens 1 --prompt '50255 0'");
+    run_us("--load %s/ids/checkpoint.safetensors --generate --tokens 1 --prompt ' 50255 0 '");
     check(strstr(result.out, "\n 50255 0 ") != NULL, "a prompt of numbers: %s%s", result.out, result.err);
     shell("mkfifo '%s/fifo'");
     check_fails("--input %s/fifo", "is not a regular file");
@@ -1640,6 +1643,7 @@ static void test_checkpoints(void) {
         {"\"width\":\"32\"", "\"width\":\"x\"", "--width is a whole number", 0},
         {"\"width\":\"32\"", "\"width\":\"64\"", "is not 192 x 64 but [96,32]", 0},
         {"\"width\":\"32\",", "", "does not say its --width", 0},
+        {"\"alpha-out\":\"1\",", "", "does not say its --alpha-out", 0},
         {"\"width\":\"32\"", "\"width\":32", "does not say its --width", 0},
         {"\"width\":\"32\"", "\"width\",\"32\"", "does not say its --width", 0},
         {"\"vocab\":\"256\"", "\"vocab\":\"-3\"", "has no good vocab", 0},
@@ -2052,6 +2056,9 @@ static void test_served(void) {
     check_fails("--load %s/served/model --export %s/no/such", "cannot write");
     check_fails("--load %s/served/model --evaluate --hellaswag README.md", "asks in GPT-2's tokens");
     check_fails("--out %s/tuned --resume --steps 9 --optimizer adamw", "--optimizer adamw does not fit");
+    run_us("--load %s/served/model --lr auto --steps 1");  // is the scheme's again, umup's, not the file's
+    check(strstr(result.out, " lr 0.5 ") != NULL, "--lr auto: %s", result.out);
+    check(run_us("--load %s/served/model --evaluate --recompute")->status == 0, "%s", result.err);
 }
 
 // HellaSwag's file from made-up questions, and their answers by the definition: each ending by itself.
@@ -2106,12 +2113,14 @@ static void test_hellaswag(void) {
     const int batches[] = {4, 7};
     int choices[4] = {0};
     uint64_t at = 0;
+    long longest = 0;
     for (int i = 0; i < ASKED; i++) {
         q[i].context = 1 + (int)(random_u64(3, 3, at++) % (i % 4 ? 12 : LONGEST));
         for (int part = 0; part < 5; part++) {
             if (part) q[i].ending[part - 1] = 1 + (int)(random_u64(3, 3, at++) % (i == 5 ? LONGEST : 9));
             for (int t = 0; t < LONGEST; t++)
                 q[i].tokens[part][t] = (uint16_t)(random_u64(3, 3, at++) % GPT2_VOCAB);
+            if (part) longest = max_l(longest, q[i].context + q[i].ending[part - 1]);
         }
     }
     text_file(path, sizeof path, "questions.bin"), text_file(shard, sizeof shard, "words.bin");
@@ -2131,7 +2140,8 @@ static void test_hellaswag(void) {
         const int right = i ? (int)div_up(ASKED, 3) : ASKED;
         write_file(path, words, 2 * (size_t)write_questions(words, q, ASKED));
         questions_open(&questions, path);
-        check(questions.count == ASKED && questions.longest > 64, "%ld questions", questions.count);
+        check(questions.count == ASKED && questions.longest == longest, "%ld, %ld", questions.count,
+              questions.longest);
         const double found = hellaswag(&m, device, &questions) * ASKED;
         check(lround(found) == right, "batch %d: %g of %d are right, not %d", batches[i], found, ASKED,
               right);

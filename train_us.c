@@ -32,8 +32,6 @@ a format is narrower, the float holds a value which that format has.
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE  // g++ defines it already
 #endif
-#include <ctype.h>
-#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <float.h>
@@ -1548,10 +1546,10 @@ static void next_batch(Model* m, const Split* train) {
 static const struct { const char* name; int bytes; } DTYPES[] = {  // begins as FORMATS does
     {"F32", 4}, {"BF16", 2}, {"F8_E4M3", 1}, {"I32", 4}};
 enum { I32 = 3, NUM_DTYPES };
-typedef struct { const char *path, *header; const uint8_t* data; long size; } Archive;
+typedef struct { const char *path, *header; const uint8_t *file, *data; long size; } Archive;
 typedef struct { int dtype; char shape[64]; long values; const uint8_t* data; } Found;
 static void archive_read(Archive* a, const char* path) {
-    const uint8_t* file = map_file(path, "safetensors file", &a->size);
+    const uint8_t* file = a->file = map_file(path, "safetensors file", &a->size);
     const uint64_t length = a->size < 8 ? 0 : read_u32(file) | (uint64_t)read_u32(file + 4) << 32;
     if (length < 2 || length > 100000000 || (long)length > a->size - 8 || file[8] != '{')
         die("%s is not a safetensors file, or its header is cut off", path);
@@ -1660,7 +1658,7 @@ static void text_print(const Text* t, int token) {  // -1 ends the text
 static int text_tokens(const Text* t, const char* s, int* tokens) {  // room for every byte; how many
     int n = 0;
     while (*s && t->vocab == BYTES_VOCAB) tokens[n++] = (uint8_t)*s++;
-    for (char* rest; *s; s = rest) {
+    for (char* rest; *(s += strspn(s, " ")); s = rest) {
         const long token = strtol(s, &rest, 10);
         if (rest == s || token < 0 || token >= t->vocab)
             die("--prompt wants numbers of tokens here: `python data/tokenize.py --encode TEXT` prints them");
@@ -1739,7 +1737,7 @@ static const Option OPTIONS[] = {
     {"prompt", "", 0, TEXT, NO, AT(prompt), 0, 0, "how the text begins (numbers of GPT-2's tokens: README)"},
     {"tokens", "256", 0, INT, NO, AT(tokens), 1, 1e9, "to write"},
     {"temperature", "0.8", 0, FLOAT, NO, AT(temperature), 0, 100, "0: always the likeliest token"},
-    {"top-k", "0", 0, INT, NO, AT(top_k), 0, 65536, "choose among the k likeliest tokens (0: all)"},
+    {"top-k", "0", 0, INT, NO, AT(top_k), 0, 65536, "choose among the likeliest, a few (0: among all)"},
     {"help", "", 0, FLAG, NO, AT(help), 0, 1, "this page"},
 };
 static const Option* const OPTIONS_END = OPTIONS + sizeof OPTIONS / sizeof *OPTIONS;
@@ -1809,7 +1807,7 @@ static void config_parse(Config* c, int argc, char** argv, const Archive* checkp
         const char* value = checkpoint && o->stored ? archive_get(checkpoint, o->name) : NULL;
         if (value && o->type == TEXT) value = copied(value);
         if (value) option_set(c, o, value, form("checkpoint %s: ", checkpoint->path));
-        else if (checkpoint && o->stored == FIXED)  // a setting may be younger than the checkpoint
+        else if (checkpoint && o->stored && o->type != TEXT)
             die("checkpoint %s does not say its --%s", checkpoint->path, o->name);
     }
     for (int i = 1; i < argc; i++) {
@@ -1817,8 +1815,9 @@ static void config_parse(Config* c, int argc, char** argv, const Archive* checkp
         while (o < OPTIONS_END && (!o->name || strcmp(form("--%s", o->name), argv[i]) != 0)) o++;
         if (o == OPTIONS_END) die("there is no option %s (see --help; quote patterns of names)", argv[i]);
         const char *before = option_get(c, o), *value = o->type == FLAG ? "1" : argv[++i];
-        if (i == argc) die("--%s wants a value (--help lists the options)", o->name);
-        option_set(c, o, checkpoint && strcmp(value, "auto") == 0 ? before : value, "");
+        if (i == argc || (o->type == TEXT && !o->stored && !*value)) die("--%s wants a value", o->name);
+        const int stays = checkpoint && (resumes || o->stored == FIXED) && strcmp(value, "auto") == 0;
+        option_set(c, o, stays ? before : value, "");
         all &= o->offset != AT(eval_tokens);
         if (checkpoint && o->stored >= (resumes ? OF_RUN : FIXED) && strcmp(before, option_get(c, o)) != 0)
             die("--%s %s does not fit checkpoint %s, which has %s", o->name, value, checkpoint->path, before);
@@ -2224,7 +2223,7 @@ static void questions_open(Questions* q, const char* path) {
             const long length = at < end ? w[at] : 0;
             good = length > 0 && at + length < end;
             for (long i = 1; i <= length && good; i++) good = w[at + i] < GPT2_VOCAB;
-            q->longest = max_l(q->longest, w[begin + 5] + length);
+            if (part) q->longest = max_l(q->longest, w[begin + 5] + length);
             at += 1 + length;
         }
         if (!good || w[begin + 1] != 2 * (at - begin)) die("%s is damaged in question %ld", path, q->count);
@@ -2262,7 +2261,7 @@ static double hellaswag(const Model* m, const Device* device, const Questions* q
             if (mean < least) least = mean, choice = k;
         }
         right += choice == w[3];
-        if (m->c.evaluate) progress("hellaswag", i + 1, q->count, begin);
+        if (m->c.evaluate) progress("questions", i + 1, q->count, begin);
     }
     return stopping(m) ? NAN : (double)right / (double)q->count;
 }
@@ -2277,7 +2276,8 @@ static void evaluate(const Model* m, const Device* device, const Split* val, con
     }
     printf("validation loss %.4f", loss);
     if (bytes > 0) printf(", %.4f bits per byte", loss * (double)tokens / bytes / log(2));
-    printf(", perplexity %.2f, of %ld %s\n", exp(loss), tokens, unit_of(m));
+    const char* path = *m->c.val ? m->c.val : m->c.input;
+    printf(", perplexity %.2f, of %ld %s of %s\n", exp(loss), tokens, unit_of(m), shown(path));
     if (!q->count) return;
     const double share = hellaswag(m, device, q);
     printf("hellaswag: %.0f of %ld right, %.4f\n", share * (double)q->count, q->count, share);
@@ -2295,17 +2295,17 @@ static struct {
 static double save_seconds = 600;  // what a run may lose by a power cut
 static int save(void) {
     Model* m = current.m;
-    const char* path = current.path;
     saving = 1;
     current.device->fetch(m);
-    int error = checkpoint_save(m, current.device, path);
+    int error = checkpoint_save(m, current.device, current.path);
     if (!error) current.saved = m->step;
     if (!error && every(m->c.save_every, m->step)) {  // a second name for it: the next one takes the first
-        unlink(path = form("%s/step_%08ld.safetensors", m->c.out, m->step));
-        error = link(current.path, path) ? errno : 0;
+        const char *to = form("%s/step_%08ld.safetensors", m->c.out, m->step), *new_one = form("%s.new", to);
+        unlink(new_one);
+        error = link(current.path, new_one) || rename(new_one, to) ? errno : 0;
     }
     if (error) fprintf(stderr, "%s: cannot write %s: %s (what was written before is untouched)\n", program,
-                       shown(path), strerror(error));
+                       shown(current.path), strerror(error));
     current.saved_at = seconds();
     saving = 0;
     return !error;
@@ -2418,7 +2418,7 @@ static void table_open(Text* t, const Config* c) {
         for (int i = 0; i < BYTES_VOCAB; i++)
             bytes[i] = (uint8_t)i, t->bytes[i] = bytes + i, t->length[i] = 1;
     else if (*path) text_open(t, path);
-    else printf("no gpt2_tokenizer.bin beside the data, so samples are token numbers: "
+    else printf("no gpt2_tokenizer.bin beside the data, so text is token numbers: "
                 "`python data/tokenize.py --out DIR --tokenizer-only` writes it\n");
     if (t->vocab != c->vocab) die("tokenizer %s has %d tokens, the model %d", path, t->vocab, c->vocab);
 }
@@ -2436,6 +2436,8 @@ __attribute__((unused)) static int run(int argc, char** argv, const Device* devi
     if (c.help || argc < 2) { print_help(); return c.help ? 0 : 1; }
     const int uses = c.generate + c.evaluate + !!*c.exported, trains = !uses && !*c.dump;
     if (uses + !!*c.dump > 1) die("--generate, --evaluate, --export and --dump exclude each other");
+    const char* to = *c.dump ? c.dump : c.exported;
+    if (strstr(to, "checkpoint.safetensors")) die("%s is the name of a run's checkpoint: choose another", to);
     if (uses && !*c.load) die("--generate, --evaluate and --export want a model: --load FILE");
     if (c.resume && !*c.out) die("--resume needs the --out directory of the run to continue");
     const int there = access(checkpoint_path(c.out), F_OK) == 0, resumes = trains && c.resume && there;
@@ -2459,13 +2461,13 @@ __attribute__((unused)) static int run(int argc, char** argv, const Device* devi
     if (resumes && !c.new_data && checkpoint_number(&checkpoint, "data", 0x1p53) != (long)c.data)
         die("%s was trained on other data: size or content differ; --new-data goes on", checkpoint.path);
     config_defaults(&c);
-    table_open(&text, &c);
+    if (!*c.exported) table_open(&text, &c);
     if (*c.hellaswag && (trains || c.evaluate)) {
         if (c.vocab == BYTES_VOCAB) die("--hellaswag asks in GPT-2's tokens, but this is a model of bytes");
         if (c.batch < 4) die("--hellaswag wants --batch 4 or more: a question has four endings");
         questions_open(&questions, c.hellaswag);
     }
-    if (*c.dump || c.generate) c.recompute = 0;  // both want every block's buffers
+    if (!trains) c.recompute = !*c.dump && !c.generate;  // which want every block's buffers
     model_layout(&m, &c);
     if (!uses) print_header(&m, device, &training, &validation);
     const int on_host = device->on_host || *c.dump;  // a dump wants every array
@@ -2475,6 +2477,7 @@ __attribute__((unused)) static int run(int argc, char** argv, const Device* devi
     device->open(&m);
     if (loads) checkpoint_load(&m, device, &checkpoint, resumes ? lasting(&m) : 1);
     else model_init(&m, device);
+    if (loads) munmap((void*)checkpoint.file, (size_t)(checkpoint.data + checkpoint.size - checkpoint.file));
     if (loads && !c.generate) printf("%s %s, step %ld\n", resumes ? "resumed from" : "loaded",
                                      shown(checkpoint.path), m.step);
     if (!uses && !resumes) m.step = m.sequence = 0;
@@ -2482,12 +2485,9 @@ __attribute__((unused)) static int run(int argc, char** argv, const Device* devi
     if (c.generate) generate(&m, device, &text, c.tokens);
     else if (c.evaluate) evaluate(&m, device, &validation, &questions, &text);
     else if (trains) train(&m, device, &training, &validation, &questions, &text);
-    else {
-        const char* to = *c.dump ? c.dump : c.exported;
-        errno = *c.dump ? dump(&m, device, &training) : checkpoint_save(&m, device, to);
-        if (errno) die("cannot write %s: %s", to, strerror(errno));
-        printf("wrote %s\n", shown(to));
-    }
+    else if ((errno = *c.dump ? dump(&m, device, &training) : checkpoint_save(&m, device, to)))
+        die("cannot write %s: %s", to, strerror(errno));
+    else printf("wrote %s\n", shown(to));
     device->close(&m);
     model_free(&m);
     if ((fflush(stdout) != 0 || ferror(stdout)) && stop_signal != SIGPIPE)

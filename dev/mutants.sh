@@ -146,7 +146,7 @@ validation: windows are counted from the end | s/(double)(val->count - T - 1) \*
 saves: nothing is saved after an error | s/^    if (last_words) last_words();//
 saves: a second signal at once is fatal | s/ \&\& seconds() - stopped_at > 1)/)/
 saves: a dropped terminal is fatal | s/{SIGINT, SIGTERM, SIGHUP, SIGPIPE}/{SIGINT, SIGTERM, SIGPIPE, SIGPIPE}/
-saves: a copy does not give way | s/unlink(path = form(/(path = form(/
+saves: a copy does not give way | s/|| rename(new_one, to)/|| link(new_one, to)/
 resume: other data is accepted | s/checkpoint_number(&checkpoint, "data", 0x1p53) != (long)c.data/0/
 print: control characters of two bytes pass | s/length == 2 \&\& code >= 0xA0/length == 2 \&\& code >= 0x80/
 files: a quote goes into the header | s/(p = strpbrk(p, "\\"\\\\")); ) \*p = '?';.*/0; ) {}/
