@@ -15,7 +15,8 @@ import struct
 import sys
 import time
 
-# What others got: loss on FineWeb's validation shard, and HellaSwag (acc_norm).
+# What others got: loss on FineWeb's validation shard, and HellaSwag: acc_norm by tokens, as llm.c has it and the
+#   trainer too (acc_norm of lm-eval is by characters: other numbers).
 # OpenAI's weights: github.com/karpathy/llm.c, dev/vislog.ipynb, loss_baseline and hella2_baseline, of 26 May 2024
 #   (commit ee6fa5e), when its scripts knew no web text but FineWeb.
 # llm.c's training: ends of its logs in github.com/KellerJordan/modded-nanogpt, records/track_1_short/
@@ -57,7 +58,11 @@ def sweep(folder):
     """The losses by rate, infinity where a run diverged, and the best rate."""
     losses = {}
     for path in glob.glob(os.path.join(glob.escape(folder), "lr_*", "loss")):
-        losses[float(os.path.basename(os.path.dirname(path))[3:])] = float(open(path, encoding="utf-8").read())
+        try:
+            loss = min(math.inf, float(open(path, encoding="utf-8").read().split()[-1]))  # NaN: it diverged
+        except (ValueError, IndexError):
+            sys.exit(f"gpt2.py: no loss is in {path}: remove it, and that run is validated again")
+        losses[float(os.path.basename(os.path.dirname(path))[3:])] = loss
     return dict(sorted(losses.items())), min(losses, key=lambda rate: (losses[rate], rate), default=None)
 
 
@@ -94,7 +99,7 @@ def draw(path, panels):
             ax.axhline(y, ls="--", lw=1, color=plot.COLORS[color], label=f"{label}: {y:.4g}")
         ax.set(xlabel=across, ylabel=up)
         if across == "step":  # the fall from the first loss would take all of the picture
-            end = curves[0][3][-1][0]
+            end = max(x for curve in curves for x, _ in curve[3])
             late = [y for curve in curves for x, y in curve[3] if x >= end / 10] + [y for _, y in lines]
             ax.set(xlim=(0, 1.02 * end), ylim=(min(late) - 0.02 * max(late), max(late) * 1.02))
             ax.legend(fontsize=8)
@@ -105,10 +110,14 @@ def draw(path, panels):
 
 def result(folder, size, val):
     """The end of a run beside what was published; the loss on other text compares with none of it."""
-    log, said = [open(os.path.join(folder, name), encoding="utf-8") for name in ("log.csv", "evaluate.txt")]
-    table = list(csv.DictReader(log))
-    found = re.match(r"validation loss ([\d.]+).*\n(?:hellaswag: .* ([\d.]+)\n)?", said.read())
+    log, said, flags = [open(os.path.join(folder, name), encoding="utf-8")
+                        for name in ("log.csv", "evaluate.txt", "flags.txt")]
+    table = [row for row in csv.DictReader(log) if row["ms"]]  # a power cut may cost the end of it
+    found = re.match(r"validation loss ([\d.]+), .*\n(?:hellaswag: .* ([\d.]+)\n)?", said.read())
+    if not found:
+        sys.exit(f"gpt2.py: there is no validation loss in {said.name}")
     ours = [float(number) if number else None for number in found.groups()]
+    end = int(re.search(r"--steps (\d+)", flags.read())[1])
     others = [(who, loss if "fineweb_val_" in val else None, right) for who, loss, right in PUBLISHED.get(size, [])]
     print("| | validation loss | HellaSwag |\n|---|---|---|")
     for who, *numbers in [(f"us.c, {size}", *ours), *others]:
@@ -120,10 +129,11 @@ def result(folder, size, val):
     for i, (column, name) in enumerate([("val_loss", "loss, nats per token"), ("hellaswag", "HellaSwag, acc_norm")]):
         seen = [(int(row["step"]), float(row[column])) for row in table if row.get(column)]
         if seen and ours[i]:
-            curves = [("us.c", "o-", 1, seen), (f"us.c at the end: {ours[i]:.4f}", "*", 1, [(seen[-1][0], ours[i])])]
+            curves = [("us.c", "o-", 1, seen), (f"us.c at the end: {ours[i]:.4f}", "*", 1, [(end, ours[i])])]
             curves += [("us.c, training", "-", 0, means)] if i == 0 else []
             panels += [("step", name, curves, [(who, numbers[i]) for who, *numbers in others if numbers[i]])]
-    draw(os.path.join(folder, "loss.png"), panels)
+    if panels:
+        draw(os.path.join(folder, "loss.png"), panels)
 
 
 def tiny(folder, text, seq):

@@ -84,40 +84,43 @@ fit() { # flags of a run: prints the micro-batch, the largest power of two that 
     say --batch "$b" --accum $((batch / b)) $recompute
 }
 train() { # folder, width, heads, steps, warm-up, rate: fails if it diverged. STOP=N: stops it there
-    local folder=$1 micro step
+    local folder=$1 said before step
     local flags=(--input "$data" --val "$val" "${method[@]}" --layers "$layers" --width "$2" --heads "$3"
         --seq "$seq" --steps "$4" --warmup "$5" --lr "$6")
     check mkdir -p "$folder"
     [ ! -e "$folder/flags.txt" ] || [ "$(cat "$folder/flags.txt")" = "${flags[*]}" ] ||
         die "$folder was begun with other flags, those in flags.txt: move it away to begin anew"
-    say "${flags[@]}" >"$folder/flags.txt"
-    micro=$(fit "${flags[@]}") && [ -z "$stopped" ] || exit 1
-    say "== $folder: width $2, rate $6, $4 steps of $((batch * seq)) tokens, $micro"
-    # shellcheck disable=SC2086
-    "$us" "${flags[@]}" $micro --eval-every "$every" --eval-tokens "$valid" --tokens "$sample" \
+    said=$(fit "${flags[@]}") && [ -z "$stopped" ] && read -ra micro <<<"$said" || exit 1
+    say "${flags[@]}" >"$folder/flags.txt" || exit 1 # they work: from now on they stay
+    say "== $folder: width $2, rate $6, $4 steps of $((batch * seq)) tokens, $said"
+    [ -z "$questions" ] || [ "${micro[1]}" -ge 4 ] ||
+        { say "without HellaSwag: it wants --batch 4, and there is memory for ${micro[1]}" && questions=""; }
+    before=$(wc -l 2>/dev/null <"$folder/log.txt")
+    "$us" "${flags[@]}" "${micro[@]}" --eval-every "$every" --eval-tokens "$valid" --tokens "$sample" \
         ${questions:+--hellaswag "$questions"} --out "$folder" --resume 2>&1 |
         gpt2 watch "$folder/log.txt" $((batch * seq)) "$timed" "$gpus" "${PRICE:-0}" "${STOP:-0}"
-    step=$(tail -n 1 "$folder/log.csv" 2>/dev/null | cut -d, -f 1)
-    [ "$step" != "$4" ] || return 0
+    # What counts is the checkpoint: the last row of log.csv comes later, and fits where that does not.
+    grep -Eq "(saved .*, step $4|nothing to do.*)\$" <(tail -n +$((before + 1)) "$folder/log.txt") && return 0
     ! tail -n 3 "$folder/log.txt" | grep -q 'is not finite' || return 1
-    [ -n "$step" ] || exit 1
-    die "stopped after step $step of $4; the same line again goes on"
+    step=$(tail -n 1 "$folder/log.csv" 2>/dev/null | cut -d, -f 1) && [ -n "$step" ] || exit 1
+    die "stopped after step ${step/step/0} of $4; the same line again goes on from the last that was saved"
 }
 tune() {
-    local folder=$out/tune_${layers}_layers rate loss
+    local folder=$out/tune_${layers}_layers rate loss lr
     get_data "$tune_steps"
-    while rate=$(gpt2 next "$folder" "$first") && [ -n "$rate" ]; do
-        loss=inf # of a run that diverges
-        train "$folder/lr_$rate" "$tune_width" "$tune_heads" "$tune_steps" $((warmup * tune_steps / steps)) \
-            "$rate" && loss=$(tail -n 1 "$folder/lr_$rate/log.csv" | cut -d, -f 3)
-        say "$loss" >"$folder/lr_$rate/loss"
+    while rate=$(gpt2 next "$folder" "$first") || exit 1 && [ -n "$rate" ]; do
+        lr=$folder/lr_$rate loss=inf # of a run that diverges
+        train "$lr" "$tune_width" "$tune_heads" "$tune_steps" $((warmup * tune_steps / steps)) "$rate" &&
+            { loss=$(evaluate "$lr/checkpoint.safetensors" --eval-tokens "$valid") || exit 1; }
+        say "${loss%%,*}" >"$lr/loss" || exit 1
     done
     gpt2 rates "$folder" "validation loss, width $tune_width, $layers layers, $tune_steps steps" |
         tee "$folder/rates.md" || exit 1
     say "$folder/rate: $(cat "$folder/rate"), for all that has $layers layers"
 }
-evaluate() { # file
-    "$us" --load "$1" --evaluate ${questions:+--hellaswag "$questions"} | grep -E '^(validation loss|hellasw)'
+evaluate() { # file, flags: in the micro-batch of training
+    "$us" --load "$1" --evaluate "${micro[@]:0:2}" ${questions:+--hellaswag "$questions"} "${@:2}" |
+        grep -E '^(validation loss|hellaswag: [0-9]+ of) '
 }
 run() {
     local folder=$out/$size model=$out/$size/model.safetensors rate trained exported
@@ -156,8 +159,7 @@ rehearse() {
     [ -e "$text" ] || text=train_us.c
     folder=$OUT/rehearsal rate=$OUT/tune_${layers}_layers/rate
     rm -rf "$OUT"
-    check mkdir -p "$OUT/data"
-    check gpt2 tiny "$OUT/data" "$text" "$seq"
+    check mkdir -p "$OUT/data" && check gpt2 tiny "$OUT/data" "$text" "$seq"
     export DATA="$OUT/data/tiny_train_*.bin" HELLASWAG=$OUT/data/questions.bin
     refuses "SIZE is 124M, 350M" dev/gpt2.sh 1.5B
     refuses "one GPU so far" dev/gpt2.sh rehearsal 8
@@ -167,6 +169,7 @@ rehearse() {
     say "== interrupted after 9 steps"
     ! STOP=9 dev/gpt2.sh rehearsal || die "rehearsal: an interrupted run should fail"
     expect "interrupted" within "$(column 1 | tail -n 1)" 9 $((steps - 1))
+    expect "a full disk" grep -q "after step $steps of" <(ulimit -f 10000 && dev/gpt2.sh rehearsal 2>&1)
     check dev/gpt2.sh rehearsal | tee "$OUT/printed.txt" || exit 1
     loss=$(sed -n 's/^validation loss \([0-9.]*\).*/\1/p' "$folder/evaluate.txt") last=$(column 3 | tail -n 1)
     expect "the rate is the tuned one" grep -q -e "--lr $(cat "$rate")\$" "$folder/flags.txt"
@@ -180,6 +183,10 @@ rehearse() {
     expect "what is exported is smaller" within "$(wc -c <"$folder/model.safetensors")" 1e6 \
         "$(wc -c <"$folder/checkpoint.safetensors")"
     expect "a sample" test -s "$folder/sample.txt"
+    # Killed before the last rows of the logs:
+    last=${rate%rate}lr_$(cat "$rate") && rm "$last/loss" && sed -i.bak '$d' "$last/log.csv" "$folder/log.csv"
+    expect "the same rate" grep -q "^$rate: $(cat "$rate")," <(dev/gpt2.sh tune rehearsal)
+    expect "the same loss" grep -q "^validation loss $loss," <(dev/gpt2.sh rehearsal)
     ! "$python" -c 'import matplotlib' 2>/dev/null ||
         expect "pictures" test -s "$folder/loss.png" -a -s "${rate}s.png"
     say "rehearsed with $us in $((SECONDS - begin)) s: tuned at width $tune_width, trained at $width," \
