@@ -1,7 +1,7 @@
 """
 Tests the scripts of this folder, as a user would run them: tokenize.py, tinyshakespeare.sh, fineweb.py and
 hellaswag.py.
-Of dev/reference.py it tests the one line about a package or a file that is missing or damaged.
+Of dev/reference.py it tests the one line about a package or a file that is missing or damaged, and how it prints.
 
     python data/test_data.py
     python data/test_data.py --vocab vocab.bpe --encoder encoder.json     # with GPT-2's real vocabulary too
@@ -825,10 +825,11 @@ def test_reference(tmp):
         path = model(f"{tmp}/changed", **changes)
         fails(f"--generate, {changes}", python(REFERENCE, "--generate", path, "--prompt", "a"), path, word)
     numbers = model(f"{tmp}/numbers", vocab="255")
-    for path, prompt, word in [(sound, "", "at least one"), (numbers, "a", "numbers"),
-                               (numbers, "9 255", "below 255")]:
+    for path, prompt, word in [(numbers, "a", "numbers"), (numbers, "9 255", "below 255")]:
         fails(f"--prompt {prompt}", python(REFERENCE, "--generate", path, "--prompt", prompt), "--prompt", word)
-    for path, prompt, text in [(sound, "ab", "ab\0\0\n"),
+    unsafe = b"\x1b[1m \x7f\xc2\x9b \xe2\x82. \xff \xed\xa0\x80 \r".decode(errors="surrogateescape")
+    for path, prompt, text in [(sound, "ab", "ab??\n"), (sound, "", "??\n"), (sound, "ü\t€\n\ufffd", "ü\t€\n\ufffd??\n"),
+                               (sound, unsafe, "?[1m ??? ??. ? ??? ???\n"), (sound, "a\udce2", "a???\n"),
                                (numbers, "97 98", "97 98 0 0 \n")]:
         done = python(REFERENCE, "--generate", path, "--prompt", prompt, "--tokens", "2", "--temperature", "0")
         check("--generate, the lowest of equals", works("--generate", done) == text, repr(done.stdout))

@@ -9,7 +9,8 @@
 A trained model, as the C exports it or as a checkpoint, can be used from Python; see Model:
 
     python dev/reference.py --generate us.safetensors --prompt "ROMEO:"         it goes on
-    python dev/reference.py --hellaswag us.safetensors hellaswag_val.bin        acc_norm
+    python dev/reference.py --hellaswag us.safetensors hellaswag_val.bin        acc_norm, by tokens as llm.c
+                                                                 has it (lm-eval's is by characters)
 
 needs: pip install torch numpy safetensors ml_dtypes
 
@@ -491,8 +492,10 @@ class Model:
             yield window[-1]
 
 def generate(path, prompt, count, temperature, top_k):
-    """Prints the prompt and how the model goes on: text, or numbers where the tokens' table is missing."""
+    """Prints the prompt, or nothing for the start of a text, and how the model goes on: text, or numbers where
+    the tokens' table is missing."""
     model = Model(path)
+    start = 10 if model.cfg.vocab == 256 else 50256             # a new line; GPT-2's end-of-text
     if model.cfg.vocab == 256:
         tokens, table = os.fsencode(prompt), [bytes([i]) for i in range(256)]
     else:
@@ -506,12 +509,16 @@ def generate(path, prompt, count, temperature, top_k):
         table = runpy.run_path(script)["read_tokenizer"](at) if os.path.exists(at) else ()
         if len(table) < model.cfg.vocab:
             table = [b"%d " % i for i in range(model.cfg.vocab)]
-    if not tokens or not 0 <= min(tokens) <= max(tokens) < model.cfg.vocab:
-        stop(f"--prompt: at least one token, and all of them below {model.cfg.vocab}")
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    text = itertools.takewhile(lambda token: token != 50256, model.generate(tokens, count, temperature, top_k))
+    if not all(0 <= token < model.cfg.vocab for token in tokens or [start]):
+        stop(f"--prompt: all of its tokens below {model.cfg.vocab}")
+    # A '?' for each byte that is no text, or of a character that could steer a terminal.
+    codecs.register_error("?", lambda e: ("?" * (e.end - e.start), e.end))
+    decoder = codecs.getincrementaldecoder("utf-8")("?")
+    unsafe = {i: "?" * len(chr(i).encode()) for i in (*range(9), *range(11, 32), *range(127, 160))}
+    text = itertools.takewhile(lambda token: token != 50256,
+                               model.generate(tokens or [start], count, temperature, top_k))
     for token in itertools.chain(tokens, text):                 # up to GPT-2's end-of-text
-        sys.stdout.buffer.write(decoder.decode(table[token]).encode())
+        sys.stdout.buffer.write(decoder.decode(table[token]).translate(unsafe).encode())
         sys.stdout.buffer.flush()
     print(decoder.decode(b"", True))
     return True
