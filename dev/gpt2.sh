@@ -166,9 +166,9 @@ rehearse() {
     refuses "tune rehearsal finds it" dev/gpt2.sh rehearsal
     refuses "no shard is called no_train.bin" env RATE=1 DATA=no_train.bin dev/gpt2.sh rehearsal
     check dev/gpt2.sh tune rehearsal
-    say "== interrupted after 9 steps"
-    ! STOP=9 dev/gpt2.sh rehearsal || die "rehearsal: an interrupted run should fail"
-    expect "interrupted" within "$(column 1 | tail -n 1)" 9 $((steps - 1))
+    say "== interrupted after 17 steps"
+    ! STOP=17 dev/gpt2.sh rehearsal || die "rehearsal: an interrupted run should fail"
+    expect "interrupted" within "$(column 1 | tail -n 1)" 17 $((steps - 1))
     expect "a full disk" grep -q "after step $steps of" <(ulimit -f 10000 && dev/gpt2.sh rehearsal 2>&1)
     check dev/gpt2.sh rehearsal | tee "$OUT/printed.txt" || exit 1
     loss=$(sed -n 's/^validation loss \([0-9.]*\).*/\1/p' "$folder/evaluate.txt") last=$(column 3 | tail -n 1)
