@@ -244,5 +244,6 @@ while IFS= read -r line; do
     name=$(printf %s "${line%% | *}" | tr " /'" ___) && printf '%s\0%s\0' "$name" "${line#* | }"
 done <"$dir/list" | xargs -r -0 -n 2 -P "$JOBS" "$0" --one "$dir" | tee "$dir/results"
 caught=$(grep -c '^caught' "$dir/results") n=$(wc -l <"$dir/list")
+grep -v '^caught' "$dir/results"
 echo "$caught passed, $((n - caught)) failed"
 [ "$caught" -eq "$n" ] && [ "$n" -gt 0 ]
