@@ -2017,7 +2017,8 @@ static void served(const char* scheme, int precision) {
     close_archive(&a), close_archive(&b), close_archive(&c), model_free(&m);
 }
 static void test_served(void) {
-    served("us", 2), served("us", 0), served("sp", 1), served("umup", 2);
+    if (device == &CPU) served("us", 0), served("sp", 1);
+    served("us", 2), served("umup", 2);
     // W8A8 of another precision's model is that model's W8A8: casting is one rounding, whenever it is done.
     run_us("--load %s/served/checkpoint.safetensors --precision bf16 --export %s/bf16");
     run_us("--load %s/bf16 --precision fp8 --export %s/fp8");
@@ -2037,6 +2038,19 @@ static void test_served(void) {
     const double loss = atof(last_line() + 16), bits = atof(strchr(last_line(), ',') + 1),
                  perplexity = atof(strstr(last_line(), "perplexity ") + 11);
     check(fabs(bits - loss / log(2)) < 2e-4 && fabs(perplexity / exp(loss) - 1) < 1e-3, "%s", last_line());
+    // Another text brings its own end to validate on, unless --val is given, before it or after.
+    run_us("--input train_us.c --val LICENSE --steps 1 --out %s/val " TINY);
+    static const char* const texts[][2] = {{"", " of LICENSE\n"}, {"--input README.md", " of README.md\n"},
+        {"--input README.md --val test_us.c", " of test_us.c\n"},
+        {"--val test_us.c --input README.md", " of test_us.c\n"}};
+    for (int i = 0; i < 4; i++) {
+        run_us(form("--load %%s/val/checkpoint.safetensors --evaluate --eval-tokens 16 %s", texts[i][0]));
+        check(strstr(result.out, texts[i][1]) != NULL, "%s: %s", texts[i][0], result.out);
+    }
+    check(run_us("--out %s/val --resume --steps 2 --input train_us.c")->status == 0 &&
+              strstr(result.out, "val: LICENSE"), "a run that goes on keeps its --val: %s", result.err);
+    shell("mkdir -p '%s/no_run' && cp '%s/served/model' '%s/no_run/checkpoint.safetensors'");
+    check_fails("--out %s/no_run --resume --steps 9", "has no tensor adam.m.h.0.qkv");
     // Fine-tuning: step 1 of a run of its own, from these parameters, with any optimizer; it goes on as any.
     shell("rm -rf '%s/tuned' && mkdir -p '%s/tuned'");
     run_us("--load %s/served/model --optimizer lion --lr 0.01 --out %s/tuned --steps 3 --warmup 0");

@@ -1798,29 +1798,29 @@ static void print_help(void) {
 }
 
 // Fills c from the defaults, then from a checkpoint's metadata if there is one, then from the flags given.
-static void config_parse(Config* c, int argc, char** argv, const Archive* checkpoint, int resumes) {
+static void config_parse(Config* c, int argc, char** argv, const Archive* from, int resumes) {
     int all = 1;  // of --val, if --eval-tokens does not say less
     memset(c, 0, sizeof *c);
     for (const Option* o = OPTIONS; o < OPTIONS_END; o++) {
         if (!o->name || o->type == FLAG) continue;
         option_set(c, o, o->value, "");
-        const char* value = checkpoint && o->stored ? archive_get(checkpoint, o->name) : NULL;
+        const char* value = from && o->stored ? archive_get(from, o->name) : NULL;
         if (value && o->type == TEXT) value = copied(value);
-        if (value) option_set(c, o, value, form("checkpoint %s: ", checkpoint->path));
-        else if (checkpoint && o->stored && o->type != TEXT)
-            die("checkpoint %s does not say its --%s", checkpoint->path, o->name);
+        if (value) option_set(c, o, value, form("checkpoint %s: ", from->path));
+        else if (from && o->stored && o->type != TEXT) die("%s does not say its --%s", from->path, o->name);
     }
+    const char* val = c->val;
     for (int i = 1; i < argc; i++) {
         const Option* o = OPTIONS;
         while (o < OPTIONS_END && (!o->name || strcmp(form("--%s", o->name), argv[i]) != 0)) o++;
         if (o == OPTIONS_END) die("there is no option %s (see --help; quote patterns of names)", argv[i]);
-        const char *before = option_get(c, o), *value = o->type == FLAG ? "1" : argv[++i];
+        const char *was = option_get(c, o), *value = o->type == FLAG ? "1" : argv[++i];
         if (i == argc || (o->type == TEXT && !o->stored && !*value)) die("--%s wants a value", o->name);
-        const int stays = checkpoint && (resumes || o->stored == FIXED) && strcmp(value, "auto") == 0;
-        option_set(c, o, stays ? before : value, "");
+        option_set(c, o, from && (resumes || o->stored == FIXED) && !strcmp(value, "auto") ? was : value, "");
+        if (!resumes && o->offset == AT(input) && c->val == val) c->val = "";  // another text brings its own
         all &= o->offset != AT(eval_tokens);
-        if (checkpoint && o->stored >= (resumes ? OF_RUN : FIXED) && strcmp(before, option_get(c, o)) != 0)
-            die("--%s %s does not fit checkpoint %s, which has %s", o->name, value, checkpoint->path, before);
+        if (from && o->stored >= (resumes ? OF_RUN : FIXED) && strcmp(was, option_get(c, o)) != 0)
+            die("--%s %s does not fit checkpoint %s, which has %s", o->name, value, from->path, was);
     }
     if (c->evaluate && all) c->eval_tokens = 0;
 }
@@ -2458,8 +2458,6 @@ __attribute__((unused)) static int run(int argc, char** argv, const Device* devi
     if (!resumes && c.warmup >= c.steps) c.warmup = c.steps / 10;  // as the header says
     if (c.generate) c.batch = 1;
     if (c.evaluate || !uses) splits_open(&c, &training, &validation);
-    if (resumes && !c.new_data && checkpoint_number(&checkpoint, "data", 0x1p53) != (long)c.data)
-        die("%s was trained on other data: size or content differ; --new-data goes on", checkpoint.path);
     config_defaults(&c);
     if (!*c.exported) table_open(&text, &c);
     if (*c.hellaswag && (trains || c.evaluate)) {
@@ -2477,6 +2475,8 @@ __attribute__((unused)) static int run(int argc, char** argv, const Device* devi
     device->open(&m);
     if (loads) checkpoint_load(&m, device, &checkpoint, resumes ? lasting(&m) : 1);
     else model_init(&m, device);
+    if (resumes && !c.new_data && checkpoint_number(&checkpoint, "data", 0x1p53) != (long)c.data)
+        die("%s was trained on other data: size or content differ; --new-data goes on", checkpoint.path);
     if (loads) munmap((void*)checkpoint.file, (size_t)(checkpoint.data + checkpoint.size - checkpoint.file));
     if (loads && !c.generate) printf("%s %s, step %ld\n", resumes ? "resumed from" : "loaded",
                                      shown(checkpoint.path), m.step);
