@@ -463,7 +463,14 @@ class Model:
 
     def __call__(self, tokens):
         """The logits after each of up to `positions` tokens, (T,vocab); given several rows, (B,T,vocab)."""
+        if isinstance(tokens, (bytes, str)) and self.cfg.vocab != 256:
+            stop(f"{self.path}: its tokens are GPT-2's numbers; data/tokenize.py --encode TEXT prints them")
+        tokens = tokens.encode() if isinstance(tokens, str) else tokens
         tokens = torch.as_tensor(list(tokens) if isinstance(tokens, bytes) else tokens)
+        if not tokens.numel() or tokens.min() < 0 or tokens.max() >= self.cfg.vocab:
+            stop(f"{self.path}: at least one token is wanted, and all of them below {self.cfg.vocab}")
+        if tokens.shape[-1] > self.positions:
+            stop(f"{self.path}: {tokens.shape[-1]} tokens are too many for its {self.positions} positions")
         rows = tokens.reshape(-1, tokens.shape[-1])
         with torch.no_grad():
             act = forward(self.p, rows, rows, self.cfg, Numerics(self.cfg.precision, ready=True))[1]
