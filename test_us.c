@@ -1029,6 +1029,21 @@ static void test_text(void) {
     check(text_tokens(&text, "7\xff", tokens) == 2 && tokens[0] == '7' && tokens[1] == 255, "bytes, too");
 }
 
+static void read_text(const char* path, char* to, size_t size) {
+    FILE* f = fopen(path, "rb");
+    size_t n = f ? fread(to, 1, size - 1, f) : 0;
+    to[n] = 0;
+    if (f) fclose(f);
+}
+// What is printed goes into a file, until undivert is given what this returns.
+static int divert(const char* path) {
+    fflush(stdout);
+    const int out = dup(STDOUT_FILENO), file = open(path, O_WRONLY | O_CREAT | O_TRUNC, 0666);
+    dup2(file, STDOUT_FILENO), close(file);
+    return out;
+}
+static void undivert(int out) { fflush(stdout), dup2(out, STDOUT_FILENO), close(out); }
+
 // What is printed is UTF-8 without control characters: every character of Unicode passes, nothing else does.
 static void test_printing(void) {
     char s[16];
@@ -1063,15 +1078,11 @@ static void test_printing(void) {
     c.input = c.tokenizer = "", c.vocab = BYTES_VOCAB;
     table_open(&text, &c);
     text_file(path, sizeof path, "printed.txt");
-    fflush(stdout);
-    int out = dup(STDOUT_FILENO), file = open(path, O_WRONLY | O_CREAT | O_TRUNC, 0666);
-    dup2(file, STDOUT_FILENO);
+    const int out = divert(path);
     for (size_t i = 0; i < sizeof bytes - 1; i++) text_print(&text, (uint8_t)bytes[i]);
     text_print(&text, -1);
-    fflush(stdout), dup2(out, STDOUT_FILENO), close(out), close(file);
-    FILE* f = fopen(path, "rb");
-    got[f ? fread(got, 1, sizeof got - 1, f) : 0] = 0;
-    if (f) fclose(f);
+    undivert(out);
+    read_text(path, got, sizeof got);
     check(strcmp(got, "a\xC3\xA9\xF0\x9F\x99\x82???") == 0, "byte by byte: %s", got);
 }
 // A header as the safetensors library writes it, long values and many keys; and what is written is found.
@@ -1132,12 +1143,6 @@ typedef struct { int status; char out[1 << 20], err[65536]; } Run;
 static Run result;
 static const char* run_on = "";  // or --cpu
 
-static void read_text(const char* path, char* to, size_t size) {
-    FILE* f = fopen(path, "rb");
-    size_t n = f ? fread(to, 1, size - 1, f) : 0;
-    to[n] = 0;
-    if (f) fclose(f);
-}
 // Runs `flags` as a shell would split them, with %s standing for the directory of the tests. threads 0: as
 // they are; limit > 0: no file may grow beyond it, as on a full disk; end: a signal, sent once other/log.csv
 // has a step, or TWICE, with some SIGINT right after it; or CUT: then cut.txt is cut off.
@@ -1895,7 +1900,7 @@ static void test_ending(void) {
     static Device fake;
     static Text text;
     Config c = small_config();
-    char path[1100], got[64];
+    char path[1100];
     fake.next = ending_next;
     c.seq = 6, c.batch = 1, c.vocab = GPT2_VOCAB, c.prompt = "50256 7", c.temperature = 1;
     c.input = c.tokenizer = "";
@@ -1903,13 +1908,10 @@ static void test_ending(void) {
     model_layout(&m, &c);
     m.inputs = (int*)floats(6);
     text_file(path, sizeof path, "ended.txt");
-    fflush(stdout);
-    int out = dup(STDOUT_FILENO), file = open(path, O_WRONLY | O_CREAT | O_TRUNC, 0666);
-    dup2(file, STDOUT_FILENO);
+    const int out = divert(path);
     table_open(&text, &c);
     generate(&m, &fake, &text, 40);
-    fflush(stdout), dup2(out, STDOUT_FILENO), close(out), close(file);
-    read_text(path, got, sizeof got);
+    undivert(out);
     read_text(path, result.out, sizeof result.out);
     const char* printed = strchr(result.out, '\n');
     check(ending_calls == 3 && printed && strcmp(printed, "\n 50256 7 5 5\n") == 0, "%d tokens: %s",
@@ -1920,10 +1922,9 @@ static void generate_with(Model* m, const float* (*next)(Model* m, long t0, long
     static Device fake;
     static Text text;
     fake.next = next, text.vocab = BYTES_VOCAB;
-    int out = dup(STDOUT_FILENO), null = open("/dev/null", O_WRONLY);
-    fflush(stdout), dup2(null, STDOUT_FILENO);
+    const int out = divert("/dev/null");
     generate(m, &fake, &text, count);
-    fflush(stdout), dup2(out, STDOUT_FILENO), close(out), close(null);
+    undivert(out);
 }
 static void test_window(void) {
     static char prompt[] = "abcdefghij";

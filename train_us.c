@@ -1134,6 +1134,7 @@ static void wait_briefly(char** argv) {
 #endif
     (void)argv;
 }
+
 // ---- The fast matmul -----------------------------------------------------------------------------------
 // Nearly all of the time goes here, so it is the one part written for speed, after BLIS (Van Zee, van de
 // Geijn 2015). Each thread makes a block of `out` by itself: it copies what it needs of both operands into
@@ -2314,8 +2315,7 @@ static void save_at_end(void) {
     last_words = NULL;
     current.m->sequence = current.sequence;  // an error may come in the middle of reading a batch
     if (current.m->step > current.saved && !save()) exit(1);
-    if (current.saved > current.first)
-        printf("saved %s, step %ld\n", shown(current.path), current.saved);
+    if (current.saved > current.first) printf("saved %s, step %ld\n", shown(current.path), current.saved);
 }
 
 static void train(Model* m, const Device* device, const Split* train, const Split* val, const Questions* q,

@@ -1675,7 +1675,7 @@ template <class S> static void block_forward_gpu(Model* m, int l, long B, long t
 
 // Tokens on the GPU -> A_LNF, the head's input. batch: tokens, targets, order, starts (see stage). t0 > 0, a
 // multiple of ROWS, continues one sequence (B = 1): tokens and A_LNF are those of rows t0 .. T-1.
-template <class S> static void forward_gpu(Model* m, long B, long T, long t0 = 0) {
+template <class S> static void forward_gpu(Model* m, long B, long t0, long T) {
     const long C = m->c.width, N = B * (T - t0);
     const int post = m->scheme->norm_last;
     S* x0 = act<S>(m, 0, A_X0);
@@ -1816,7 +1816,7 @@ template <class S> static void backward_gpu(Model* m, long B, long T) {
 
 // ---- A step -----------------------------------------------------------------------------------------------
 template <class S> static void micro_gpu(Model* m) {  // one batch, from tokens to gradients
-    forward_gpu<S>(m, m->c.batch, m->c.seq);
+    forward_gpu<S>(m, m->c.batch, 0, m->c.seq);
     head_gpu<S>(m, m->rows, 1);
     backward_gpu<S>(m, m->c.batch, m->c.seq);
 }
@@ -2010,8 +2010,8 @@ static double run_batch(Model* m, int want_gradient) {
     if (want_gradient) {
         CUDA(cudaMemsetAsync(gpu.grads, 0, sizeof(float) * (size_t)m->num_params, stream));
         is_fp32(m) ? micro_gpu<float>(m) : micro_gpu<bf16>(m);
-    } else if (is_fp32(m)) forward_gpu<float>(m, m->c.batch, m->c.seq), head_gpu<float>(m, m->rows, 0);
-    else forward_gpu<bf16>(m, m->c.batch, m->c.seq), head_gpu<bf16>(m, m->rows, 0);
+    } else if (is_fp32(m)) forward_gpu<float>(m, m->c.batch, 0, m->c.seq), head_gpu<float>(m, m->rows, 0);
+    else forward_gpu<bf16>(m, m->c.batch, 0, m->c.seq), head_gpu<bf16>(m, m->rows, 0);
     CUDA(cudaMemcpyAsync(gpu.host_result, gpu.result, sizeof(Result), cudaMemcpyDeviceToHost, stream));
     CUDA(cudaStreamSynchronize(stream));
     return gpu.host_result->loss;
@@ -2039,7 +2039,7 @@ template <class S> static void next_gpu(Model* m, long t0, long length, float* l
     int* tokens = gpu.staged[gpu.turn ^ 1];
     for (long t = first; t < end; t++) tokens[t - first] = t < length ? m->inputs[t] : 0;
     upload_batch(tokens, end - first);
-    forward_gpu<S>(m, 1, end, first);
+    forward_gpu<S>(m, 1, first, end);
     logits_gpu<S>(m, length - 1 - first, 1);
     fetch_floats(logits, act<S>(m, 0, A_LOGITS), m->c.vocab);
 }
