@@ -8,7 +8,7 @@
 # only, and the GPU's first seven.
 cd "$(dirname "$0")/.." || exit 1
 CC=${CC:-cc} CXX=${CXX:-g++} JOBS=${JOBS:-2}
-TESTS=${TESTS:-formats random matmul activ large gradients table umup mup_is_sp data text oracle accum generate window held dump printing archive validation ending served hellaswag lost checkpoints}
+TESTS=${TESTS:-formats random matmul activ large gradients model_gradient table umup mup_is_sp data text oracle accum generate window held dump printing archive validation ending served hellaswag lost checkpoints}
 GPU_TESTS=${GPU_TESTS:-large step_by_step same_bits next kept_rows not_finite overlay}
 dir=$(mktemp -d) || exit 1
 trap 'rm -rf "$dir"' EXIT
