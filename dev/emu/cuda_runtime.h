@@ -45,8 +45,8 @@ constexpr int warpSize = 32;
 
 #define EMU_ERRORS(X) X(cudaSuccess, 0) X(cudaErrorInvalidValue, 1) X(cudaErrorMemoryAllocation, 2) \
     X(cudaErrorInvalidConfiguration, 9) X(cudaErrorInsufficientDriver, 35) X(cudaErrorInvalidDevice, 101) \
-    X(cudaErrorStreamCaptureUnsupported, 900) X(cudaErrorStreamCaptureInvalidated, 901) \
-    X(cudaErrorStreamCaptureImplicit, 906)
+    X(cudaErrorNotReady, 600) X(cudaErrorNotPermitted, 800) X(cudaErrorStreamCaptureUnsupported, 900) \
+    X(cudaErrorStreamCaptureInvalidated, 901) X(cudaErrorStreamCaptureImplicit, 906)
 #define EMU_ENUM(NAME, CODE) NAME = CODE,
 #define EMU_NAME(NAME, CODE) e == NAME ? #NAME :
 enum cudaError_t { EMU_ERRORS(EMU_ENUM) };
@@ -70,13 +70,15 @@ namespace emu {
 #define EMU_SAY(...) (emu::say_where(), fprintf(stderr, __VA_ARGS__), fputc('\n', stderr))
 #define EMU_FAIL(...) (EMU_SAY(__VA_ARGS__), emu::fail())
 extern const char *context;                          // set by a program: what it is at, said first
+extern int open_groups;                              // of nccl.h: what is called in one has not begun
+int setting(const char *name, int otherwise);        // of the environment
 void say_where();
 [[noreturn]] void fail();
 
 // ---- Launches, and what a kernel sees -------------------------------------------------------------------
 cudaError_t launch_grid(const char *name, const void *kernel, dim3 grid, dim3 block, size_t shared,
                         cudaStream_t s, std::function<void()> thread);
-bool on_device(const void *p, size_t bytes);        // all of them in one allocation
+bool on_device(const void *p, size_t bytes);        // all in one allocation, of the current device
 bool in_shared(const void *p, size_t bytes);
 void *shared_memory(const char *key, size_t bytes, size_t align);
 template <class T> void check_argument(const char *name, int i, const T &value) {
@@ -174,13 +176,17 @@ template <class A, class B> std::common_type_t<A, B> max(A a, B b) { return a < 
 // ---- Runtime API ----------------------------------------------------------------------------------------
 namespace emu {
 cudaError_t submit(cudaStream_t s, std::function<void()> operation);   // do it, or record it under capture
-cudaError_t synchronize(const char *what);          // all is done already, but under capture it is a mistake
+// All is done already, but under capture it is a mistake, and so is to wait for an open group.
+cudaError_t synchronize(const char *what, bool waits = true);
 cudaError_t allocate(void **p, size_t bytes, bool host);
 cudaError_t release(void *p, bool host);
 cudaError_t set_shared_limit(const void *kernel, int bytes);
 } // namespace emu
 cudaError_t cudaGetLastError();
 cudaError_t cudaPeekAtLastError();
+cudaError_t cudaSetDevice(int device);
+cudaError_t cudaGetDevice(int *device);
+cudaError_t cudaGetDeviceCount(int *n);
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int device);
 cudaError_t cudaMemGetInfo(size_t *free, size_t *total);
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t n, cudaMemcpyKind kind,
@@ -200,9 +206,8 @@ EMU_API(MemsetAsync(void *p, int v, size_t n, cudaStream_t s = 0), return cudaMe
 EMU_API(Memset(void *p, int value, size_t n), return cudaMemsetAsync(p, value, n))
 EMU_API(DeviceSynchronize(), return emu::synchronize("cudaDeviceSynchronize"))
 EMU_API(StreamSynchronize(cudaStream_t), return emu::synchronize("cudaStreamSynchronize"))
+EMU_API(StreamQuery(cudaStream_t), return emu::synchronize("cudaStreamQuery"))
 EMU_API(EventSynchronize(cudaEvent_t), return emu::synchronize("cudaEventSynchronize"))
-EMU_API(SetDevice(int device), if (device) return cudaErrorInvalidDevice)
-EMU_API(GetDeviceCount(int *n), *n = 1; if (getenv("EMU_OLD_DRIVER")) return cudaErrorInsufficientDriver)
 EMU_API(RuntimeGetVersion(int *v), *v = 13000)
 EMU_API(DriverGetVersion(int *v), *v = 13000)
 EMU_API(StreamCreateWithFlags(cudaStream_t *s, unsigned), *s = new CUstream_st())

@@ -70,7 +70,7 @@ struct Block {
 };
 static __thread Block *b;                           // this host thread's, the same for all launches
 static bool working;
-static int setting(const char *name, int otherwise) {
+int setting(const char *name, int otherwise) {
     const char *text = getenv(name);
     char *end;
     const long value = text ? strtol(text, &end, 10) : otherwise;
@@ -80,6 +80,7 @@ static int setting(const char *name, int otherwise) {
 }
 
 const char *context = "";
+int open_groups;
 void say_where() {
     fprintf(stderr, "emu: %s", context);
     if (!b || !b->self) return;
@@ -295,12 +296,14 @@ static void run_grid(const char *name, dim3 grid, dim3 block, size_t shared,
 // ---- The runtime API --------------------------------------------------------------------------------------
 // A stream's operations run at once; under capture they are only recorded, as on a GPU, so that mistakes in
 // capturing show. What a GPU refuses is refused here too, with the reason on stderr.
-struct Allocation { size_t bytes; bool host; };     // each apart, so that AddressSanitizer sees where it ends
+// Each apart, so that AddressSanitizer sees where it ends
+struct Allocation { size_t bytes; bool host; int device; };
 static std::map<const char *, Allocation> allocations;
 static std::map<const void *, size_t> shared_limits;
 static size_t in_use;
 static cudaError_t last_error;
 static cudaStream_t captured;
+static int device;                                  // the current one
 #define REFUSE(E, ...) return EMU_SAY(__VA_ARGS__), last_error = E
 
 static const Allocation *find(const void *p, size_t bytes) {
@@ -308,8 +311,13 @@ static const Allocation *find(const void *p, size_t bytes) {
     if (a == allocations.begin() || (const char *)p + bytes > (--a)->first + a->second.bytes) return nullptr;
     return &a->second;
 }
-bool on_device(const void *p, size_t bytes) { return find(p, bytes); }
-cudaError_t synchronize(const char *what) {
+bool on_device(const void *p, size_t bytes) {
+    const Allocation *a = find(p, bytes);
+    return a && (a->host || a->device == device);
+}
+cudaError_t synchronize(const char *what, bool waits) {
+    if (waits && open_groups)
+        REFUSE(cudaErrorNotPermitted, "%s in an open group, whose work begins at ncclGroupEnd", what);
     if (!captured) return cudaSuccess;
     captured->spoiled = true;
     REFUSE(cudaErrorStreamCaptureUnsupported, "%s while a stream is under capture", what);
@@ -341,20 +349,20 @@ cudaError_t set_shared_limit(const void *kernel, int bytes) {
 cudaError_t allocate(void **p, size_t bytes, bool host) {
     size_t free, total;
     cudaMemGetInfo(&free, &total);
-    if (cudaError_t e = synchronize("cudaMalloc")) return e;
+    if (cudaError_t e = synchronize("cudaMalloc", false)) return e;
     if ((!host && bytes > free) || posix_memalign(p, 256, bytes ? bytes : 1))
         REFUSE(cudaErrorMemoryAllocation, "%zu bytes asked for, %zu free", bytes, free);
     memset(*p, 0xFF, bytes);                        // NaNs, so that what nobody wrote shows; each time
     static int other;                               // others, so that it never compares equal
     if (other++ % 2) for (size_t i = 1; i < bytes; i += 2) ((uint8_t *)*p)[i] = 0x7F;
-    allocations[(char *)*p] = {bytes, host};
+    allocations[(char *)*p] = {bytes, host, device};
     if (!host) in_use += bytes;
     if (!host && note_memory) note_memory(*p, bytes, "device memory");
     return cudaSuccess;
 }
 cudaError_t release(void *p, bool host) {
     auto a = allocations.find((char *)p);
-    if (cudaError_t e = synchronize("cudaFree")) return e;
+    if (cudaError_t e = synchronize("cudaFree", false)) return e;
     if (!p && !host) return cudaSuccess;             // of cudaFree only is that promised
     if (a == allocations.end() || a->second.host != host) REFUSE(cudaErrorInvalidValue, "free of %p", p);
     if (!host) in_use -= a->second.bytes;
@@ -395,16 +403,29 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t s, cudaStreamCaptureMode) {
 cudaError_t cudaStreamEndCapture(cudaStream_t s, cudaGraph_t *graph) {
     if (!s || captured != s) REFUSE(cudaErrorInvalidValue, "this stream is not under capture");
     captured = nullptr;
+    if (open_groups) EMU_SAY("the capture ends in an open group, whose work begins at ncclGroupEnd");
+    s->spoiled |= open_groups > 0;
     *graph = s->spoiled ? nullptr : s->graph;
     if (!s->spoiled) return cudaSuccess;
     delete s->graph;
     REFUSE(cudaErrorStreamCaptureInvalidated, "an earlier mistake has spoiled the capture");
 }
+cudaError_t cudaGetDeviceCount(int *n) {
+    *n = setting("EMU_GPUS", 8);
+    return getenv("EMU_OLD_DRIVER") ? cudaErrorInsufficientDriver : cudaSuccess;
+}
+cudaError_t cudaGetDevice(int *current) { return *current = device, cudaSuccess; }
+cudaError_t cudaSetDevice(int chosen) {
+    const int n = setting("EMU_GPUS", 8);
+    if (chosen < 0 || chosen >= n) REFUSE(cudaErrorInvalidDevice, "device %d of %d", chosen, n);
+    device = chosen;
+    return cudaSuccess;
+}
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int device) {
     const int sm = setting("EMU_SM", 90);
     size_t free, total;
     cudaMemGetInfo(&free, &total);
-    if (device) REFUSE(cudaErrorInvalidDevice, "device %d", device);
+    if (device < 0 || device >= setting("EMU_GPUS", 8)) REFUSE(cudaErrorInvalidDevice, "device %d", device);
     *p = {"emulated GPU", total, 48 << 10, 227 << 10, sm / 10, sm % 10, 4, 32, 1024, 50 << 20};
     return cudaSuccess;
 }
