@@ -3,6 +3,7 @@
 # make train_us_cuda    the GPU trainer (needs the CUDA Toolkit); make gpu: all there is to try and time on a GPU
 # make train_us_emu     the GPU trainer on a CPU (dev/emu); make -C dev/cuda check: its kernels, version by version
 # make paper        the claims of the papers, measured: dev/paper (an hour; python dev/paper/run.py --list)
+# make train_us_cuda MPI=1, make train_us_emu MPI=1    for several GPUs, or emulated ones: mpirun -np 2 ./train_us_emu
 # make CC=clang   another compiler; make OMP= builds without OpenMP
 CC ?= gcc
 ifeq ($(origin CC),default)
@@ -52,6 +53,15 @@ dev/cpu/matmul: dev/cpu/matmul.c dev/cpu/peak.h train_us.c .flags
 bench_us: dev/bench.c dev/cpu/peak.h train_us.c .flags
 	$(BUILD) dev/bench.c -o $@ -lm
 
+# ---- MPI=1: a process a GPU. What mpicc would add is added; NCCL's header lies with the CUDA Toolkit's, or the system's.
+ifeq ($(MPI),1)
+ifeq ($(shell command -v mpicc),)
+$(error MPI=1 needs an MPI: mpicc is not found (Debian: apt install libopenmpi-dev openmpi-bin))
+endif
+RANKS := -DUS_MPI $(filter -I%,$(shell mpicc -show))
+MPI_LIBS := $(filter -L% -l%,$(shell mpicc -show))
+endif
+
 # ---- The GPU trainer. ARCH: the card in this machine, or sm_80, sm_90, ... for another.
 NVCC  ?= $(or $(shell command -v nvcc),$(wildcard /usr/local/cuda/bin/nvcc),nvcc)
 ARCH  ?= native
@@ -59,17 +69,20 @@ comma := ,
 space := $(subst ,, )
 # (nvcc hands its host compiler other text than ours: parentheses gone, lifetimes hidden.)
 HOST   = -O3 $(NATIVE) $(FLOATS) $(WARN) -Wno-unused-function -Wno-parentheses -Wno-dangling-pointer -fopenmp
-CUDA   = $(NVCC) -std=c++17 -O3 -arch=$(ARCH) $(if $(WERROR),-Werror all-warnings) -Xcompiler $(subst $(space),$(comma),$(strip $(HOST)))
+NO_NCCL = MPI=1 needs NCCL: nccl.h is not found (from the CUDA repository: apt install libnccl2 libnccl-dev)
+CUDA_LIBS = -lcublasLt $(if $(RANKS),$(MPI_LIBS) -lnccl)
+CUDA   = $(NVCC) -std=c++17 -O3 -arch=$(ARCH) $(if $(WERROR),-Werror all-warnings) $(RANKS) -Xcompiler $(subst $(space),$(comma),$(strip $(HOST)))
 GPU    = train_us.cu train_us.c .flags_cuda
 
 train_us_cuda: $(GPU)
-	$(CUDA) train_us.cu -o $@ -lcublasLt
+	@$(if $(RANKS),echo '#include <nccl.h>' | $(NVCC) -x cu -E - >/dev/null 2>&1 || { echo '$(NO_NCCL)'; exit 1; })
+	$(CUDA) train_us.cu -o $@ $(CUDA_LIBS)
 
 test_us_cuda: test_us.c $(GPU)
-	$(CUDA) -x cu -DUS_SOURCE=\"train_us.cu\" test_us.c -o $@ -lcublasLt
+	$(CUDA) -x cu -DUS_SOURCE=\"train_us.cu\" test_us.c -o $@ $(CUDA_LIBS)
 
 bench_gpu: dev/bench_gpu.cu dev/cuda/bench.h dev/sizes.h $(GPU)
-	$(CUDA) dev/bench_gpu.cu -o $@ -lcublasLt
+	$(CUDA) dev/bench_gpu.cu -o $@ $(CUDA_LIBS)
 
 # The names of cuBLASLt's tiles and stages are in its header only (where that is not found, numbers do).
 LT_HEADER = $(dir $(NVCC))../include/cublasLt.h
@@ -81,12 +94,12 @@ probe_gpu: dev/probe_gpu.cu dev/sizes.h $(GPU)
 
 gpu:
 	dev/gpu.sh
-gpu_probe gpu_test gpu_bench:
+gpu_probe gpu_test gpu_bench gpu_ranks:
 	dev/gpu.sh $(@:gpu_%=%)
 
 # ---- The same source on a CPU: sed makes C++ of it, dev/emu has what the CUDA Toolkit has.
 EMU   := $(wildcard dev/emu/*.cpp dev/emu/*.h) .flags_emu
-CPP    = $(CXX) -std=gnu++17 -g $(NATIVE) $(FLOATS) $(WARN) -Wno-unused-function $(OMP) -Idev/emu -I.
+CPP    = $(CXX) -std=gnu++17 -g $(NATIVE) $(FLOATS) $(WARN) -Wno-unused-function $(OMP) -Idev/emu -I. $(RANKS)
 EMU_O ?= -O2
 
 out/%.cpp: %.cu dev/emu/cuda.sed
@@ -98,14 +111,14 @@ out/emu.o: dev/emu/emu.cpp $(EMU)
 	$(CPP) -O2 -c dev/emu/emu.cpp -o $@
 
 train_us_emu: out/train_us.cpp out/emu.o train_us.c $(EMU)
-	$(CPP) $(EMU_O) out/train_us.cpp out/emu.o -o $@
+	$(CPP) $(EMU_O) out/train_us.cpp out/emu.o -o $@ $(MPI_LIBS)
 
 test_us_emu: test_us.c out/train_us.cpp out/emu.o train_us.c $(EMU)
-	$(CPP) $(EMU_O) -x c++ '-DUS_SOURCE="out/train_us.cpp"' test_us.c -x none out/emu.o -o $@
+	$(CPP) $(EMU_O) -x c++ '-DUS_SOURCE="out/train_us.cpp"' test_us.c -x none out/emu.o -o $@ $(MPI_LIBS)
 
 # What `make gpu` measures with, on a model so small that the emulator shows in seconds that it works.
 out/bench_gpu_emu: out/dev/bench_gpu.cpp out/dev/cuda/bench.h out/dev/sizes.h out/train_us.cpp out/emu.o train_us.c $(EMU)
-	$(CPP) -O1 '-DUS_SOURCE="out/train_us.cpp"' $< out/emu.o -o $@
+	$(CPP) -O1 '-DUS_SOURCE="out/train_us.cpp"' $< out/emu.o -o $@ $(MPI_LIBS)
 bench_gpu_emu: out/bench_gpu_emu
 	OMP_NUM_THREADS=1 out/bench_gpu_emu tiny
 out/probe_gpu_emu: out/dev/probe_gpu.cpp out/dev/sizes.h out/train_us.cpp out/emu.o train_us.c $(EMU)
@@ -132,6 +145,14 @@ out/test_emu%: out/dev/emu/test_emu.cpp out/emu.o train_us.c $(EMU)
 test_emu: out/test_emu_race
 	out/test_emu && out/test_emu_asan && out/test_emu_race
 	EMU_SEED=1 out/test_emu none >out/test_emu.txt 2>&1 || { cat out/test_emu.txt; exit 1; }
+
+# Several ranks: NCCL's stand-in, then the trainer as a user starts it, and test_us.c's tests of many.
+out/test_nccl: out/dev/emu/test_nccl.cpp out/emu.o $(EMU)
+	$(CPP) -O2 $< out/emu.o -o $@ $(MPI_LIBS)
+test_nccl: out/test_nccl
+	dev/emu/test_nccl.sh
+test_ranks:
+	dev/ranks.sh
 
 # ---- The kernel lab: dev/cuda/Makefile is its front. Kernels alone build three times as fast.
 LAB  := $(wildcard dev/cuda/*.h)
@@ -213,5 +234,5 @@ clean:
 	  test_us_emu_race test_us_cuda test_us_plain bench_us bench_gpu probe_gpu out .flags .flags_cuda .flags_emu \
 	  dev/cpu/matmul $(basename $(wildcard dev/cuda/*.cu))
 
-.PHONY: all test test_emu train bench paper mutants fuzz sanitize sanitize_emu gpu gpu_probe gpu_test gpu_bench bench_gpu_emu probe_gpu_emu clean FORCE
+.PHONY: all test test_emu test_nccl test_ranks train bench paper mutants fuzz sanitize sanitize_emu gpu gpu_probe gpu_test gpu_bench gpu_ranks bench_gpu_emu probe_gpu_emu clean FORCE
 .SECONDARY:

@@ -30,11 +30,12 @@ __attribute__((format(printf, 2, 3))) static void check(int good, const char* fo
     va_start(args, format);
     if (good) passed++;
     else {
+        FILE* to = rank ? stderr : stdout;  // where another rank's is seen
         failed++;
-        printf("  FAILED: ");
-        vprintf(format, args);
-        printf("\n");
-        fflush(stdout);
+        fprintf(to, "  FAILED: ");
+        vfprintf(to, format, args);
+        fprintf(to, "\n");
+        fflush(to);
     }
     va_end(args);
 }
@@ -2292,7 +2293,7 @@ static void check_operands(Model* m) {
     for (int i = 0; i < m->num_tensors; i++) {
         const Tensor* t = &m->tensors[i];
         if (is_hidden(t))
-            check_codes(gpu.w + t->offset, gpu.wt + t->offset, m->params + t->offset, t->rows, t->cols,
+            check_codes((fp8*)copy_gpu(m, t), gpu.wt + t->offset, m->params + t->offset, t->rows, t->cols,
                         t->rows, E4M3, t->name);
     }
     for (int l = 0; l < L; l++)
@@ -2391,8 +2392,8 @@ static void step_by_step(Config c) {
         if (cpu.v) memcpy(cpu.v, other.v, sizeof(float) * (size_t)cpu.num_params);
         if (gpu.is_fp8) {
             const Tensor* t = tensor(&other, 0, DOWN);
-            check_codes(gpu.w + t->offset, gpu.wt + t->offset, other.params + t->offset, t->rows, t->cols,
-                        t->rows, E4M3, "down after the step");
+            check_codes((fp8*)copy_gpu(&other, t), gpu.wt + t->offset, other.params + t->offset, t->rows,
+                        t->cols, t->rows, E4M3, "down after the step");
         }
     }
     free((char*)seen_what);
@@ -2647,6 +2648,212 @@ static void test_changing_devices(void) {
     }
 }
 
+#ifdef US_MPI
+// Many ranks, against one with as many batches a step: mpirun -np 3 ./test_us_emu. Sums in another order moved
+// FP32 losses by 1e-6 (by 1e-4 at most is promised) and, where a rounding falls the other way, BF16's and
+// FP8's by up to 0.1 % (0.3). What one rank is compared with it computes in the same process, with ranks = 1.
+enum { RANK_STEPS = 20, SAVED_AT = 10 };
+typedef struct { double loss[RANK_STEPS], norm[RANK_STEPS]; } Course;
+static void follow(Course* to, Model* m, const Device* d, const Split* s, long end) {
+    while (m->step < end) {
+        m->stats_on = m->step == 0;
+        const long step = m->step;
+        const StepResult r = d->step(m, s, learning_rate(&m->c, step + 1));
+        to->loss[step] = r.loss, to->norm[step] = r.norm;
+        if (m->step == step) die("step %ld was not taken", step + 1);
+    }
+}
+static void compare(const Course* a, const Course* b, int first, double bound, const char* what) {
+    double loss = 0, norm = 0;
+    for (int s = first; s < RANK_STEPS; s++) {
+        loss = worse(loss, fabs(a->loss[s] / b->loss[s] - 1));
+        norm = worse(norm, fabs(a->norm[s] / b->norm[s] - 1));
+    }
+    check_below(loss, bound, what, "loss");
+    check_below(norm, 20 * bound, what, "norm");  // of few large values more depends on a single rounding
+}
+// What forward and backward read is the same on all ranks, and made of the masters.
+static void check_copies(Model* m, const char* what) {
+    seen_what = what;
+    GPU.fetch(m);
+    for (const Tensor* t = m->tensors; t < m->tensors + m->num_tensors; t++) {
+        const long n = t->rows * t->cols, bytes = n * copy_bytes(part_of(t));
+        const float* w = m->params + t->offset;
+        uint8_t *ours = (uint8_t*)alloc((double)bytes), *first = (uint8_t*)alloc((double)bytes);
+        long wrong = 0;
+        CUDA(cudaMemcpy(ours, copy_gpu(m, t), (size_t)bytes, cudaMemcpyDeviceToHost));
+        memcpy(first, ours, (size_t)bytes);
+        MPI(MPI_Bcast(first, (int)bytes, MPI_BYTE, 0, MPI_COMM_WORLD));
+        check(memcmp(first, ours, (size_t)bytes) == 0, "%s: %s is not the same on all ranks", what, t->name);
+        for (long i = 0; i < n; i++) {
+            const uint32_t bits = float_bits(bytes == 4 * n ? w[i] : round_bf16(w[i]));
+            const uint32_t want = bytes == n ? fp8_encode(w[i], E4M3) : bytes == 4 * n ? bits : bits >> 16;
+            if (bytes == n) wrong += ours[i] != fp8_encode(round_bf16(w[i]), E4M3);
+            else wrong += memcmp(ours + bytes / n * i, &want, (size_t)(bytes / n)) != 0;
+        }
+        check(wrong == 0, "%s: %ld of %s are not their masters'", what, wrong, t->name);
+        if (bytes == n)
+            check_codes((fp8*)copy_gpu(m, t), gpu.wt + t->offset, w, t->rows, t->cols, t->rows, E4M3,
+                        t->name);
+        free(ours), free(first);
+    }
+}
+static void check_ranks(int scheme, int precision, int optimizer, int layers, int width, int accum,
+                        const char* file) {
+    const double bounds[] = {1e-4, 3e-3, 3e-3};
+    const int all = ranks, me = rank;
+    Tokens tokens;
+    Course many, again, one;
+    Config c = small_config();
+    c.scheme = scheme, c.precision = precision, c.optimizer = optimizer, c.layers = layers, c.width = width;
+    c.heads = width / 32, c.seq = 25, c.batch = 1, c.accum = accum, c.steps = RANK_STEPS, c.warmup = 5;
+    c.tau = 0.4f, c.vocab = 300, c.lr = SCHEMES[scheme].lr_bytes[optimizer], c.eval_tokens = 300;
+    c.decay = SCHEMES[scheme].decay;
+    Config alone = c;
+    alone.accum *= ranks;
+    char* what = copied(form("%s %s %s C%d, %d ranks:", SCHEMES[scheme].name, PRECISIONS[precision].name,
+                             optimizer == ADAMW ? "adamw" : "lion", width, ranks));
+
+    Model m = text_model_on(&GPU, c, &tokens, "train_us.c");
+    const Split data = {&tokens, 0, tokens.count};
+    check_copies(&m, form("%s before the first step", what));
+    follow(&many, &m, &GPU, &data, SAVED_AT);
+    check(checkpoint_save(&m, &GPU, file) == 0, "%s cannot write %s", what, file);
+    follow(&many, &m, &GPU, &data, RANK_STEPS);
+    check(m.sequence == RANK_STEPS * ranks * accum, "%s %ld sequences were consumed", what, m.sequence);
+    check_copies(&m, what);
+    float* end = m.params;
+    m.params = NULL;
+    Stat weights[3];
+    const int rows[] = {stat_row(&m, 0, QKV), stat_row(&m, layers - 1, DOWN), stat_row(&m, 0, HEAD)};
+    for (int i = 0; i < 3; i++) weights[i] = m.stats[rows[i]].stat[1];
+    const double held_out = validate(&m, &GPU, &data);
+    rank = 0, ranks = 1;
+    const double by_one = validate(&m, &GPU, &data);
+    rank = me, ranks = all;
+    check_below(fabs(held_out / by_one - 1), 1e-12, what, "validation");
+    GPU.close(&m), model_free(&m), forget(&tokens);
+
+    Archive saved;
+    archive_read(&saved, file);
+    for (int from = 0; from <= SAVED_AT; from += SAVED_AT) {  // the same bits, also from the checkpoint on
+        m = text_model_on(&GPU, c, &tokens, "train_us.c");
+        if (from) checkpoint_load(&m, &GPU, &saved, lasting(&m));
+        follow(&again, &m, &GPU, &data, RANK_STEPS);
+        GPU.fetch(&m);
+        int same_way = memcmp(end, m.params, sizeof(float) * (size_t)m.num_params) == 0;
+        for (int s = from; s < RANK_STEPS; s++) same_way &= again.loss[s] == many.loss[s];
+        check(same_way, "%s a second run from step %d ends elsewhere", what, from);
+        GPU.close(&m), model_free(&m), forget(&tokens);
+    }
+    if (rank == 0) {
+        ranks = 1;
+        for (int on = 0; on < 3; on++) {  // from the beginning; from the checkpoint; and on the CPU
+            const Device* d = on == 2 ? &CPU : &GPU;
+            m = text_model_on(d, alone, &tokens, "train_us.c");
+            if (on) checkpoint_load(&m, d, &saved, lasting(&m));
+            follow(&one, &m, d, &data, RANK_STEPS);
+            const char* const how[] = {"one GPU", "resumed on one GPU", "resumed on the CPU"};
+            compare(&many, &one, on ? SAVED_AT : 0, bounds[precision], form("%s %s:", what, how[on]));
+            for (int i = 0; i < 3 && on == 0; i++) {
+                const Stat a = weights[i], b = m.stats[rows[i]].stat[1];
+                check(a.rms == b.rms && a.max == b.max && a.flushed == b.flushed && a.rms > 0,
+                      "%s statistics of weights: rms %g, one GPU %g", what, a.rms, b.rms);
+            }
+            d->close(&m), model_free(&m), forget(&tokens);
+        }
+        ranks = all;
+    }
+    gpu_sum(0);  // the others wait for the first
+    free(end), free(what);
+}
+// Micro-batch i of rank r has the sequences (i R + r) B .. + B-1 of the step.
+static void check_batches(void) {
+    const int all = ranks, me = rank;
+    Tokens tokens;
+    Model m;
+    Config c = small_config();
+    c.batch = 2, c.seq = 16;
+    model_layout(&m, &c);
+    model_alloc_batch(&m);
+    tokens_open(&tokens, "README.md");
+    const Split data = {&tokens, 0, tokens.count};
+    int* seen = (int*)floats((double)m.rows);
+    for (int i = 0; i < 3; i++) {
+        m.sequence = (long)i * all * c.batch;
+        next_batch(&m, &data);
+        memcpy(seen, m.inputs, sizeof(int) * (size_t)m.rows);
+        check(m.sequence == (i + 1L) * all * c.batch, "a batch of all ranks is consumed");
+        rank = 0, ranks = 1;
+        m.sequence = ((long)i * all + me) * c.batch;
+        next_batch(&m, &data);
+        rank = me, ranks = all;
+        check(memcmp(seen, m.inputs, sizeof(int) * (size_t)m.rows) == 0, "batch %d is not rank %d's", i, me);
+    }
+    free(seen), model_free(&m), forget(&tokens);
+}
+// What one rank alone meets: all refuse the step and name the same tensor; all are told to stop.
+static void check_agreement(void) {
+    Tokens tokens;
+    Config c = small_config();
+    c.layers = 2, c.width = 64, c.heads = 1, c.seq = 32, c.batch = 1, c.lr = 0.01f;
+    Model m = text_model_on(&GPU, c, &tokens, "train_us.c");
+    const Split data = {&tokens, 0, tokens.count};
+    const float nan = NAN;
+    for (int i = 0; i < 2; i++) check(isfinite(GPU.step(&m, &data, 0.01).loss), "a good step");
+    GPU.fetch(&m);
+    float* before = floats((double)m.num_params);
+    memcpy(before, m.params, sizeof(float) * (size_t)m.num_params);
+    const long sequence = m.sequence;
+    if (rank == ranks - 1)
+        CUDA(cudaMemcpy(vector_gpu(&m, 1, LN2_GAIN) + 5, &nan, sizeof nan, cudaMemcpyHostToDevice));
+    const StepResult r = GPU.step(&m, &data, 0.01);
+    const double bad = r.bad ? (double)(r.bad - m.tensors) : -1;
+    check(isnan(r.loss) && r.bad && gpu_sum(bad) == bad * ranks && m.step == 2 && m.sequence == sequence,
+          "a step on NaN: loss %g, step %ld, tensor %g", r.loss, m.step, bad);
+    // Gradients that are not finite in the first and in the last share: all hear of both, and name the first.
+    const Tensor *first = tensor(&m, 0, QKV), *last = tensor(&m, 0, HEAD);
+    CUDA(cudaMemset(gpu.grads, 0, sizeof(float) * (size_t)m.num_params));
+    CUDA(cudaMemset(gpu.result, 0, sizeof(Result)));
+    for (int i = 0; i < 2 && rank == ranks - 1; i++) {
+        const long at = i ? last->offset + last->rows * last->cols - 1 : first->offset;
+        CUDA(cudaMemcpy(gpu.grads + at, &nan, sizeof nan, cudaMemcpyHostToDevice));
+    }
+    finish_gpu<bf16>(&m);
+    CUDA(cudaStreamSynchronize(stream));
+    check(gpu.host_result->stop && gpu.host_result->bad == 0, "two shares are bad: tensor %d is named",
+          gpu.host_result->bad);
+    GPU.fetch(&m);
+    check(memcmp(before, m.params, sizeof(float) * (size_t)m.num_params) == 0, "NaN changes parameters");
+    check(!told_to_stop(&GPU) && !stop_signal, "nobody was told to stop");
+    if (rank == ranks - 1) stop_signal = SIGTERM;
+    m.c.steps = 9, m.c.eval_tokens = 100;
+    check(isnan(validate(&m, &GPU, &data)), "a validation that one rank left is none");
+    check(told_to_stop(&GPU) && stop_signal == SIGTERM, "all are told to stop");
+    stop_signal = 0;
+    free(before), GPU.close(&m), model_free(&m), forget(&tokens);
+}
+static const char* shared_file(void) {
+    static char file[1100];
+    snprintf(file, sizeof file, "%s/ranks.safetensors", work);
+    MPI(MPI_Bcast(file, sizeof file, MPI_BYTE, 0, MPI_COMM_WORLD));
+    return file;
+}
+static void test_ranks_agree(void) {
+    check_batches();
+    check_agreement();
+}
+// A share may begin in a table's row (3 ranks), in a matrix (4), in its row (5), or between two.
+static void test_ranks_follow(void) { check_ranks(US, IN_FP8, ADAMW, 2, 96, 2, shared_file()); }
+static void test_ranks_all(void) {
+    const char* file = shared_file();
+    for (int precision = IN_FP32; precision <= IN_FP8; precision++)
+        for (int scheme = US; scheme <= SP; scheme++)
+            for (int optimizer = LION; optimizer <= ADAMW; optimizer++)
+                check_ranks(scheme, precision, optimizer, 1, 64, 1, file);
+}
+#endif
+
 static void test_gpu_limits(void) {
     check_fails("--input train_us.c --width 120 --heads 4", "it has to be a multiple of 16");
     check_fails("--input train_us.c --width 1040 --heads 1", "on a GPU a head has at most 512");
@@ -2682,8 +2889,8 @@ static void test_gpu_limits(void) {
 
 // The groups of tests, which can be named like one: of the device's arithmetic, of functions that only the
 // CPU has, of the program, which is run many times.
-enum { ARITHMETIC, CPU_ONLY, PROGRAM };
-static const char* const GROUPS[] = {"arithmetic", "cpu", "program"};
+enum { ARITHMETIC, CPU_ONLY, PROGRAM, MANY };  // MANY: of several ranks, which have no others
+static const char* const GROUPS[] = {"arithmetic", "cpu", "program", "many"};
 #define TEST(name) {#name, test_##name, ARITHMETIC}
 #define CPU_TEST(name) {#name, test_##name, CPU_ONLY}
 #define RUN_TEST(name) {#name, test_##name, PROGRAM}
@@ -2700,14 +2907,27 @@ static const struct { const char* name; void (*test)(void); int group; } TESTS[]
     TEST(step_by_step), TEST(overlay), TEST(same_bits), TEST(next), TEST(kept_rows), TEST(head_in_pieces),
     TEST(not_finite), RUN_TEST(changing_devices), RUN_TEST(gpu_limits),
 #endif
+#ifdef US_MPI
+    {"ranks_agree", test_ranks_agree, MANY}, {"ranks_follow", test_ranks_follow, MANY},
+    {"ranks_all", test_ranks_all, MANY},
+#endif
 };
 
 int main(int argc, char** argv) {
     wait_briefly(argv);
     if (getenv("TEST_SAVE_SECONDS")) save_seconds = atof(getenv("TEST_SAVE_SECONDS"));
-    if (argc > 1 && strcmp(argv[1], "--") == 0) return run(argc - 1, argv + 1, device);
+    if (argc > 1 && strcmp(argv[1], "--") == 0) {
+#ifdef US_CUDA
+        if (getenv("OMPI_COMM_WORLD_SIZE")) ranks_open();
+        const int status = run(argc - 1, argv + 1, device);
+        if (getenv("OMPI_COMM_WORLD_SIZE")) ranks_close();
+        return status;
+#endif
+        return run(argc - 1, argv + 1, device);
+    }
     if (argc > 2 && strcmp(argv[1], "--cpu") == 0) return run(argc - 2, argv + 2, &CPU);
 #ifdef US_CUDA
+    ranks_open();
     cudaDeviceProp card;
     const int native = open_card(&card, "./test_us tests the CPU's functions") >= 89;
     if (native && (!emulated() || getenv("EMU_FP8_SUMS"))) measure_short_sums();
@@ -2722,7 +2942,10 @@ int main(int argc, char** argv) {
         int wanted = argc < 2 + stop;
         for (int k = 1 + stop; k < argc; k++)
             wanted |= strstr(TESTS[i].name, argv[k]) || strcmp(GROUPS[TESTS[i].group], argv[k]) == 0;
-        if (!wanted || (stop && failed) || (TESTS[i].group == CPU_ONLY && device != &CPU)) continue;
+        const double failed_on_any = ranks > 1 ? device->sum(failed) : failed;
+        if (!wanted || (stop && failed_on_any > 0)) continue;
+        if (TESTS[i].group == CPU_ONLY && device != &CPU) continue;
+        if ((TESTS[i].group == MANY) != (ranks > 1)) continue;
         double start = seconds();
         TESTS[i].test(), ran++;
         printf("%-20s %4d passed, %d failed  %5.1f s\n", TESTS[i].name, passed - before_passed,
@@ -2732,6 +2955,10 @@ int main(int argc, char** argv) {
     char command[1100];
     snprintf(command, sizeof command, "rm -rf '%s'", work);
     if (system(command) != 0) failed++;
+    failed = (int)device->sum(failed);
+#ifdef US_CUDA
+    ranks_close();
+#endif
     printf("%d passed, %d failed\n", passed, failed);
     return failed > 0 || passed == 0 || ran == 0;
 }

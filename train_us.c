@@ -29,9 +29,8 @@ a format is narrower, the float holds a value which that format has.
 #if __SIZEOF_LONG__ < 8 || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "this needs a 64-bit, little-endian machine: sizes are longs, and files hold numbers as memory does"
 #endif
-#ifndef _GNU_SOURCE
-#define _GNU_SOURCE  // g++ defines it already
-#endif
+#undef _GNU_SOURCE  // g++ defines it already
+#define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
 #include <float.h>
@@ -60,6 +59,7 @@ static int max_threads(void) { return omp_in_parallel() ? 1 : omp_get_max_thread
 #else
 static int max_threads(void) { return 1; }
 #endif
+static int rank, ranks = 1;  // which of how many processes of one run, a GPU each: see train_us.cu
 
 // What a GPU computes by the same formula is compiled for both.
 #ifdef __CUDACC__
@@ -182,8 +182,7 @@ static void matmul(float* out, long ld, Operand a, Operand b, long M, long N, lo
 
 // ---- Layers --------------------------------------------------------------------------------------------
 // Each is a forward and a backward. Gradients named dX belong to X. A parameter's gradient is added to, but a
-// matrix's only if `add`: a step's first batch writes it. Every other one is written. `format` is what the
-// result is rounded to.
+// matrix's only if `add`: a step's first batch writes it. Every other is written. `format` is the result's.
 
 // Linear: Y = alpha X W^T, without biases. This constant is the method ([µS] table 1): where the entries of
 // X and W have variance 1, a sum of I = fan_in products has variance I, which alpha = 1/sqrt(I) makes 1.
@@ -202,15 +201,14 @@ static void linear_backward(float* dx, float* dw,                               
     matmul(dw, I, view(dy, 1, O, p->gradient), view(x, 1, I, p->input), O, I, N, alpha, add, FP32);
 }
 
-// out = a x + b y: the residual sum where LayerNorm does not do it. out may be x.
-static void weighted_sum(float* out, float a, const float* x, float b, const float* y,
-                         long n, Format format) {
+// z = a x + b y: the residual sum where LayerNorm does not do it. z may be x.
+static void weighted_sum(float* z, float a, const float* x, float b, const float* y, long n, Format format) {
     #pragma omp parallel for schedule(static)
     for (long i0 = 0; i0 < n; i0 += 4096) {
         long i1 = min_l(n, i0 + 4096);
         #pragma omp simd
-        for (long i = i0; i < i1; i++) out[i] = a * x[i] + b * y[i];
-        round_all(out + i0, i1 - i0, format);
+        for (long i = i0; i < i1; i++) z[i] = a * x[i] + b * y[i];
+        round_all(z + i0, i1 - i0, format);
     }
 }
 
@@ -362,8 +360,7 @@ static void attention_weights(float* P, float* sums, const float* q, const float
     }
 }
 
-// y = factor softmax(scale Q K^T) V for positions t0..T-1 (in µS scale is 1/sqrt(D), factor 1); a row of qkv
-// is all heads' Q, then K, then V.
+// y = factor softmax(scale Q K^T) V, rows t0..T-1 (µS: scale 1/sqrt(D), factor 1). A qkv row: all Q, K, V.
 static void attention_forward(float* y, const float* qkv, float scale, float factor,  // (B,T,C), (B,T,3C)
                               long B, long t0, long T, long C, long H, Format format) {
     const long D = C / H, row = 3 * C;
@@ -445,8 +442,7 @@ static void embedding_backward(float* dwte, float* dwpe, const float* dx, const 
 //   Every gradient is S times the true one (OURS). Left out: 1/R here, R = N accum being the rows of a step
 // (scale is 1), and the head's alpha, 1/C, in model_backward: S = R C, 131,072 for R = 1024, C = 128. The
 // true gradients at the hidden linears nearly all lie under half of E5M2's least number, 2^-16: they would be
-// flushed to zero, as --grad-scale 1 shows (scale is 1/S then). Two places know of S: rates(), for AdamW's
-// epsilon, and gradient_norm().
+// flushed to zero, as --grad-scale 1 shows (scale is 1/S then). Only rates() and gradient_norm() know of S.
 static void loss_forward_backward(float* losses, float* logits, const int* targets,     // (N), (N,Vp), (N)
                                   int want_gradient, float scale, long N, long V, long Vp, Format format) {
     #pragma omp parallel for schedule(static)
@@ -580,6 +576,9 @@ typedef struct {
 } Tensor;
 static int is_hidden(const Tensor* t) { return t->use <= ENDS; }  // FP8, and the width's learning rate
 static int decays(const Tensor* t) { return t->use <= LOGITS; }   // OURS: gains and biases do not
+// In memory tensors lie by what their operations read: codes, BF16, FP32. Ranks share each part evenly.
+enum { MATRICES, TABLES, VECTORS, PARTS };
+static int part_of(const Tensor* t) { return is_hidden(t) ? MATRICES : decays(t) ? TABLES : VECTORS; }
 
 // The table of buffers: what forward keeps for backward, then gradients, which all blocks use in turn.
 enum { A_NORM1, A_QKV, A_Y, A_OUT, A_MEAN1, A_RSTD1, A_MID,   // in every block
@@ -607,6 +606,7 @@ typedef struct {
     Tensor* tensors;                     // of block 0, 1, ...; then those that are there once
     int num_tensors;
     long num_params, rows, vp;           // floats in all; N = B*T of one batch; padded vocabulary
+    long part_end[PARTS];                // in the parameters
     float softmax_scale, attention_factor, act_in, act_out;  // see attention_forward, activation_forward
     double grad_scale;                   // S: what all gradients are scaled by (but see Tensor.grad_scale)
     float loss_scale;                    // 1; --grad-scale turns S off with it
@@ -620,8 +620,7 @@ typedef struct {
 } Model;
 
 static Tensor* tensor(const Model* m, int l, int kind) {  // any l for what is there once
-    const int blocks_before = kind < BLOCK_TENSORS ? l : m->c.layers;
-    return m->tensors + blocks_before * BLOCK_TENSORS + (kind < BLOCK_TENSORS ? kind : kind - BLOCK_TENSORS);
+    return m->tensors + (kind < BLOCK_TENSORS ? l : m->c.layers - 1) * BLOCK_TENSORS + kind;
 }
 static float* param(const Model* m, int l, int kind) { return m->params + tensor(m, l, kind)->offset; }
 static float* grad(const Model* m, int l, int kind) { return m->grads + tensor(m, l, kind)->offset; }
@@ -637,8 +636,7 @@ static float* buffer(const Model* m, int l, int kind, long row) {
 // Floats in a buffer. Without pre-LayerNorm a linear reads the stream itself.
 static double buffer_size(const Model* m, int kind) {
     if (m->scheme->norm_last && (kind == A_NORM1 || kind == A_NORM2)) return 0;
-    double width = (double)dim_of(&m->c, BUFFER_KINDS[kind].width);
-    return width * (double)m->rows * kept(m, kind);
+    return (double)dim_of(&m->c, BUFFER_KINDS[kind].width) * (double)m->rows * kept(m, kind);
 }
 
 // Branch i = 0 .. 2L-1 (even: attention, odd: mlp) joins the stream as x = skip x + branch f: squares that
@@ -689,7 +687,7 @@ static void model_layout(Model* m, const Config* c) {
     m->rows = (long)c->batch * c->seq;
     m->vp = dim_of(c, DIM_VP);
     // S, see loss_forward_backward: the mean over a step's rows and the head's alpha are left out.
-    m->grad_scale = (double)m->rows * c->accum * pow((double)C, -s->head_power) / c->alpha_out;
+    m->grad_scale = (double)m->rows * c->accum * ranks * pow((double)C, -s->head_power) / c->alpha_out;
     m->loss_scale = c->grad_scale > 0 ? (float)(c->grad_scale / m->grad_scale) : 1.0f;
     if (c->grad_scale > 0) m->grad_scale = c->grad_scale;
     m->num_tensors = c->layers * BLOCK_TENSORS + TENSOR_KINDS - BLOCK_TENSORS;
@@ -703,8 +701,6 @@ static void model_layout(Model* m, const Config* c) {
         t->use = k->use;
         t->rows = dim_of(c, k->rows);
         t->cols = dim_of(c, k->fan_in);
-        t->offset = m->num_params;
-        m->num_params += div_up(t->rows * t->cols, 256) * 256;  // every copy begins on a cache line
         t->std = s->init_std * (is_hidden(t) ? powf(C, s->init_power) : 1);
         if (t->use == ENDS) t->std *= powf(2 * (float)c->layers / (relative ? L : 1), s->residual_power);
         t->alpha = is_hidden(t) ? powf((float)t->cols, s->hidden_power)
@@ -722,6 +718,14 @@ static void model_layout(Model* m, const Config* c) {
         if (is_hidden(t) && fp8) t->precision.gradient = s->gradient;
         if (t->use == ENDS && fp8) t->precision.input = s->end_input;
     }
+    for (int part = 0; part < PARTS; part++) {  // each padded to equal shares of whole cache lines
+        for (Tensor* t = m->tensors; t < m->tensors + m->num_tensors; t++) {
+            if (part_of(t) != part) continue;
+            t->offset = m->num_params;
+            m->num_params += div_up(t->rows * t->cols, 256) * 256;  // every copy begins on a cache line
+        }
+        m->part_end[part] = m->num_params = div_up(m->num_params, 256 * ranks) * 256 * ranks;
+    }
 }
 
 static void tensor_init(float* w, const Model* m, const Tensor* t) {
@@ -735,9 +739,7 @@ static int stat_row(const Model* m, int l, int kind);
 static void stat_record(Model* m, int row, const char* name, int operand, const float* x, long n, Format f);
 // Told after each operation what it has written, n floats of a buffer: tests look, `make bench` times.
 static void (*watch)(Model* m, int l, int kind, long n);
-static void wrote(Model* m, int l, int kind, long n) {
-    if (watch) watch(m, l, kind, n);
-}
+static void wrote(Model* m, int l, int kind, long n) { if (watch) watch(m, l, kind, n); }
 
 // The operations of a block, each into buffer `to`, N rows from `row`, whose gradient buffers begin with D_.
 // Block l's matrix `kind` times x, and statistics of what it reads.
@@ -898,12 +900,11 @@ static void zero(float* x, long n) {
     #pragma omp parallel for schedule(static) if (n > 65536)
     for (long i = 0; i < n; i += 4096) memset(x + i, 0, sizeof(float) * (size_t)min_l(4096, n - i));
 }
-// The gradients of the last model_loss(m, 1), each times its tensor's grad_scale, are added to m->grads, or
-// take the place of what is there.
+// Gradients of the last model_loss(m, 1), each times its tensor's grad_scale, to m->grads: added if `add`.
 static void model_backward(Model* m, int add) {
     const long B = m->c.batch, T = m->c.seq, C = m->c.width, V = m->c.vocab, N = m->rows;
     const Format f = tensor(m, 0, HEAD)->precision.gradient;
-    const float *dlogits = m->buffers[A_LOGITS], *lnf = m->buffers[A_LNF], *w_head = param(m, 0, HEAD);
+    const float *dlogits = m->buffers[A_LOGITS], *lnf = m->buffers[A_LNF], *w = param(m, 0, HEAD);
     float *dx = m->buffers[D_X], *dlnf = m->buffers[D_BRANCH];
     for (const Tensor* t = m->tensors; !add && t < m->tensors + m->num_tensors; t++)  // matmuls write theirs
         if (!is_hidden(t) && t->use != LOGITS) zero(m->grads + t->offset, t->rows * t->cols);
@@ -911,17 +912,11 @@ static void model_backward(Model* m, int add) {
     // alpha is 1 here, not the head's: the factor C in S, see loss_forward_backward.
     stat_record(m, stat_row(m, 0, HEAD), "head", 2, dlogits, N * m->vp, f);
     matmul(grad(m, 0, HEAD), C, view(dlogits, 1, m->vp, f), view(lnf, 1, C, f), V, C, N, 1.0f, add, FP32);
-    matmul(dlnf, C, view(dlogits, m->vp, 1, f), view(w_head, 1, C, f), N, C, V, 1.0f, 0,
-           m->precision->stream);
+    matmul(dlnf, C, view(dlogits, m->vp, 1, f), view(w, 1, C, f), N, C, V, 1.0f, 0, m->precision->stream);
     wrote(m, 0, D_BRANCH, N * C);
     norm_back(m, 0, FINAL, D_X, dlnf, stream_before(m, m->c.layers, 0), NULL, NO_SUM);
-    for (int l = m->c.layers - 1; l >= 0; l--) {
-        const int stats_on = m->stats_on;
-        if (m->c.recompute && l < m->c.layers - 1) {  // the last block's buffers are there
-            m->stats_on = 0;
-            block_forward(m, l, B, 0, T);
-            m->stats_on = stats_on;
-        }
+    for (int l = m->c.layers - 1; l >= 0; l--) {  // the last block's buffers are there
+        if (m->c.recompute && l < m->c.layers - 1) block_forward(m, l, B, 0, T);
         block_backward(m, l, B, T, add);
     }
     embedding_backward(grad(m, 0, WTE), grad(m, 0, WPE), dx, m->inputs, m->scheme->embedding_scale, B, T, C);
@@ -1092,11 +1087,6 @@ static void die(const char* format, ...) {
     if (last_words) last_words();
     exit(1);
 }
-static char* copied(const char* s) {
-    char* copy = strdup(s);
-    if (!copy) die("out of memory");
-    return copy;
-}
 static void* alloc(double bytes) {  // zeroed, on a cache line; in double no product of sizes wraps around
     void* p = NULL;
     double physical = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
@@ -1105,6 +1095,7 @@ static void* alloc(double bytes) {  // zeroed, on a cache line; in double no pro
             bytes * 1e-9, physical * 1e-9);
     return memset(p, 0, (size_t)bytes + 64);
 }
+static char* copied(const char* s) { return strcpy((char*)alloc((double)strlen(s) + 1), s); }
 static float* scratch(int slot, long n) {
     static __thread struct { float* p; long n; } slots[SCRATCH_SLOTS];
     if (slots[slot].n < n) {
@@ -1143,8 +1134,7 @@ static void wait_briefly(char** argv) {
 //   Panels consist of words: of a value each, or of a pair of BF16 values that follow in K, where the machine
 // multiplies pairs; an FP8 value is exact in BF16, and so are products in FP32. For each WK words of K a
 // panel of a has its rows, of WK words each, and a panel of b WK rows of NR words. A panel of b is KC words
-// long (32 KB), to stay in the L1 cache while it meets all panels of a: of A_ROWS rows and A_WORDS words
-// (2 MB) at most, in L2 or near it.
+// long (32 KB), to stay in L1 while it meets all panels of a: at most A_ROWS rows, A_WORDS words (2 MB: L2).
 #if defined(__AMX_BF16__) || defined(__AMXBF16__)  // (clang before 16 spells it so)
 enum { LANES = 16, MR = 12, NV = 2, PAIR_ROWS = 32,  // 8 registers of 16 x 16, see tile_pairs; and those of:
 #elif defined(__AVX512F__)
@@ -1274,8 +1264,7 @@ __attribute__((always_inline)) static inline void pack(float* to, const Operand*
         }
 }
 // A tile's sums to memory, rounded.
-static inline void store(float* out, long ld, float* sums, float alpha, long rows, long n, int add,
-                         Format format) {
+static void store(float* out, long ld, float* sums, float alpha, long rows, long n, int add, Format format) {
     for (long r = 0; r < rows; r++) {
         Vec* s = (Vec*)(sums + r * NR);
         Vec before[NV] = {{0}};
@@ -1367,23 +1356,20 @@ static void model_free(Model* m) {
 
 // ---- Unit-scale statistics -----------------------------------------------------------------------------
 typedef struct { float square, nonzero, flushed, saturated, max; } StatSums;  // of a part of a tensor
-static void stat_finish(Stat* s, const StatSums* sums, long parts, long n, Format format) {
+static void stat_finish(Model* m, int row, const char* name, int operand, const StatSums* sums, long parts,
+                        double n, Format format) {
     double square = 0, nonzero = 0, flushed = 0, saturated = 0, max = 0;
     for (long k = 0; k < parts; k++) {
         square += sums[k].square, nonzero += sums[k].nonzero, flushed += sums[k].flushed;
         saturated += sums[k].saturated, max = fmax(max, sums[k].max);
     }
-    const double size = (double)n;
-    const Stat stat = {format, sqrt(square / size), max, flushed / fmax(nonzero, 1), saturated / size};
-    *s = stat;
+    const Stat stat = {format, sqrt(square / n), max, flushed / fmax(nonzero, 1), saturated / n};
+    snprintf(m->stats[row].name, sizeof m->stats[row].name, "%s", name);
+    m->stats[row].stat[operand] = stat;
 }
 // Rows: 0 the embeddings' sum; for each block qkv, out, up, down and the stream after it; last the head.
 static int stat_row(const Model* m, int l, int kind) {
     return kind == HEAD ? 1 + 5 * m->c.layers : 1 + 5 * l + kind;
-}
-static Stat* stat_at(Model* m, int row, const char* name, int operand) {
-    snprintf(m->stats[row].name, sizeof m->stats[row].name, "%s", name);
-    return &m->stats[row].stat[operand];
 }
 // RMS and maximum before the cast, the share of non-zero values that it flushes to zero, and of its clipping.
 static void stat_record(Model* m, int row, const char* name, int operand, const float* x, long n, Format f) {
@@ -1407,7 +1393,7 @@ static void stat_record(Model* m, int row, const char* name, int operand, const 
         const StatSums chunk = {square, nonzero, flushed, saturated, max};
         sums[k] = chunk;
     }
-    stat_finish(stat_at(m, row, name, operand), sums, chunks, n, f);
+    stat_finish(m, row, name, operand, sums, chunks, (double)n, f);
 }
 
 // ---- Random numbers ------------------------------------------------------------------------------------
@@ -1534,10 +1520,12 @@ static long window_start(uint64_t seed, long sequence, long count, long T) {
     } while (x >= (uint64_t)n);
     return (long)(random_u64(seed, stream, 0) % (uint64_t)(count - n * T)) + (long)x * T;
 }
-static void next_batch(Model* m, const Split* train) {
-    for (long b = 0, T = m->c.seq; b < m->c.batch; b++)
-        tokens_read(train, window_start(m->c.seed, m->sequence++, train->count, T), T, m->inputs + b * T,
+static void next_batch(Model* m, const Split* train) {  // each rank has its own, so that none overlap
+    const long B = m->c.batch, T = m->c.seq, first = m->sequence + rank * B;
+    for (long b = 0; b < B; b++)
+        tokens_read(train, window_start(m->c.seed, first + b, train->count, T), T, m->inputs + b * T,
                     m->targets + b * T);
+    m->sequence += ranks * B;
 }
 
 // ---- safetensors ---------------------------------------------------------------------------------------
@@ -1614,9 +1602,8 @@ static void archive_meta(Writer* w, const char* key, const char* value) {  // be
     for (char* p = copy; (p = strpbrk(p, "\"\\")); ) *p = '?';  // what would need an escape
     fprintf(w->header, ",\"%s\":\"%s\"", key, copy);
 }
-static void archive_add(Writer* w, const char* name, int dtype, const void* data, long d0, long d1,
-                        long d2) {  // the dimensions that are 0 are left out
-    const char *shape = form(d2 ? "%ld,%ld,%ld" : d1 ? "%ld,%ld" : "%ld", d0, d1, d2);
+static void archive_add(Writer* w, const char* name, int dtype, const void* data, long d0, long d1, long d2) {
+    const char *shape = form(d2 ? "%ld,%ld,%ld" : d1 ? "%ld,%ld" : "%ld", d0, d1, d2);  // without those of 0
     const Entry e = {(const float*)data, dtype, d0 * (d1 ? d1 : 1) * (d2 ? d2 : 1)};
     const long begin = w->bytes, end = w->bytes += DTYPES[dtype].bytes * e.values;
     fprintf(w->header, "%s,\"%s\":{\"dtype\":\"%s\",\"shape\":[%s],\"data_offsets\":[%ld,%ld]}",
@@ -1698,7 +1685,7 @@ static const Option OPTIONS[] = {
     {"activation", "gelu", "gelu|relu|silu", INT, FIXED, AT(activation), 0, 0, "of the mlp"},
     {"tau", "auto", 0, FLOAT, FIXED, AT(tau), 0, 1, "share of a branch in the stream's variance"},
     {NULL, "", 0, HEADING, NO, 0, 0, 0, "Training"},
-    {"batch", "8", 0, INT, KEPT, AT(batch), 1, 65536, "sequences at a time"},
+    {"batch", "8", 0, INT, KEPT, AT(batch), 1, 65536, "sequences at a time (of each GPU)"},
     {"accum", "1", 0, INT, KEPT, AT(accum), 1, 65536, "batches in one step"},
     {"steps", "1500", 0, INT, KEPT, AT(steps), 1, 1e9, "of the optimizer"},
     {"optimizer", "adamw", "lion|adamw", INT, OF_RUN, AT(optimizer), 0, 0, "a small batch likes adamw"},
@@ -1742,14 +1729,13 @@ static const Option OPTIONS[] = {
     {"help", "", 0, FLAG, NO, AT(help), 0, 1, "this page"},
 };
 static const Option* const OPTIONS_END = OPTIONS + sizeof OPTIONS / sizeof *OPTIONS;
-static int choice(char to[16], const char* choices, int i) {  // the i-th of "a|b|c": is there one?
-    for (int n = 0; sscanf(choices, "%15[^|]%n", to, &n) == 1; choices += n + (choices[n] == '|'))
-        if (i-- == 0) return 1;
-    return 0;
+static const char* choice(const char* choices, int i) {  // the i-th of "a|b|c", or ""
+    for (; i > 0; i--) choices += strcspn(choices, "|") + !!strchr(choices, '|');
+    return form("%.*s", (int)strcspn(choices, "|"), choices);
 }
 static int find_choice(const char* choices, const char* value) {  // its number, or -1
-    char name[16];
-    for (int i = 0; choice(name, choices, i); i++) if (strcmp(name, value) == 0) return i;
+    const char* name;
+    for (int i = 0; *(name = choice(choices, i)); i++) if (strcmp(name, value) == 0) return i;
     return -1;
 }
 static void option_set(Config* c, const Option* o, const char* value, const char* where) {
@@ -1771,18 +1757,13 @@ static void option_set(Config* c, const Option* o, const char* value, const char
 }
 static const char* option_get(const Config* c, const Option* o) {  // option_set reads back the same bits
     const char* field = (const char*)c + o->offset;
-    char name[16];
-    if (o->type == INT && o->choices)
-        return choice(name, o->choices, *(const int*)field) ? form("%s", name) : "";
+    if (o->type == INT && o->choices) return choice(o->choices, *(const int*)field);
     if (o->type == TEXT) return *(char* const*)field;
-    if (o->type == FLOAT && *(const float*)field < 0) return "auto";
-    if (o->type == FLOAT) {  // short where that reads back the same
-        const float x = *(const float*)field;
-        const char* brief = form("%g", (double)x);
-        return strtof(brief, NULL) == x ? brief : form("%.9g", (double)x);
-    }
     if (o->type == UINT64) return form("%llu", (unsigned long long)*(const uint64_t*)field);
-    return form("%d", *(const int*)field);
+    if (o->type != FLOAT) return form("%d", *(const int*)field);
+    const float x = *(const float*)field;
+    const char* brief = x < 0 ? "auto" : form("%g", (double)x);  // short where that reads back the same
+    return x < 0 || strtof(brief, NULL) == x ? brief : form("%.9g", (double)x);
 }
 
 static void print_help(void) {
@@ -1857,6 +1838,7 @@ typedef struct {
     const float* (*get)(Model* m, Lasting what, const Tensor* t);              // valid until the next get
     void (*put)(Model* m, Lasting what, const Tensor* t, const void* values);  // floats, however aligned
     const char* (*utilisation)(const Model* m, double rate);  // of the device, at so many tokens/s: " | ..."
+    double (*sum)(double x);                                  // over all ranks, which all have to ask
 } Device;
 static const float* cpu_losses(Model* m) { return model_loss(m, 0), m->buffers[A_LOSSES]; }
 static double cpu_trace(Model* m) {
@@ -1872,12 +1854,10 @@ static const float* cpu_next(Model* m, long t0, long length) {
 }
 // Numbers below 2^-126 cost an x86 a hundred times what others do; a softmax that saturates makes many.
 static void cpu_open(Model* m) {
+#ifdef __SSE2__
     #pragma omp parallel
-    {
-#if defined(__SSE2__)
-        _mm_setcsr(_mm_getcsr() | 0x8040);  // they are 0, as results and as operands
+    _mm_setcsr(_mm_getcsr() | 0x8040);  // they are 0, as results and as operands
 #endif
-    }
     model_alloc_buffers(m);
 }
 static void cpu_describe(const Model* m) {
@@ -1886,6 +1866,7 @@ static void cpu_describe(const Model* m) {
     printf("matmul: vectors of %d floats%s%s\n", LANES, how, PAIRS_BY);
 }
 static void cpu_nothing(Model* m) { (void)m; }
+static double cpu_sum(double x) { return x; }
 static const float* cpu_get(Model* m, Lasting what, const Tensor* t) {
     return (what == PARAMS ? m->params : what == FIRST_MOMENT ? m->m : m->v) + t->offset;
 }
@@ -1894,7 +1875,7 @@ static void cpu_put(Model* m, Lasting what, const Tensor* t, const void* values)
 }
 __attribute__((unused)) static const Device CPU = {
     "CPU", 1, cpu_open, cpu_nothing, cpu_describe, cpu_step, cpu_losses, cpu_trace, cpu_next, cpu_nothing,
-    cpu_get, cpu_put, NULL};
+    cpu_get, cpu_put, NULL, cpu_sum};
 static void model_init(Model* m, const Device* device) {  // as it begins, once the device is open
     for (const Tensor* t = m->tensors; t < m->tensors + m->num_tensors; t++) {
         float* w = scratch(SCRATCH_TENSOR, t->rows * t->cols);
@@ -1905,12 +1886,13 @@ static void model_init(Model* m, const Device* device) {  // as it begins, once 
 
 // ---- Checkpoints ---------------------------------------------------------------------------------------
 static void archive_config(Writer* w, const Model* m) {
-    const char* const keys[] = {"step", "sequence", "grad_scale", "data"};
-    const double numbers[] = {(double)m->step, (double)m->sequence, m->grad_scale, (double)m->c.data};
+    const char* const keys[] = {"step", "sequence", "grad_scale", "data", "ranks"};
+    const double step = (double)m->step, sequence = (double)m->sequence, data = (double)m->c.data;
+    const double numbers[] = {step, sequence, m->grad_scale, data, (double)ranks};
     archive_begin(w, "vocab", form("%d", m->c.vocab));
     for (const Option* o = OPTIONS; o < OPTIONS_END; o++)
         if (o->stored) archive_meta(w, o->name, option_get(&m->c, o));
-    for (int i = 0; i < 4; i++) archive_meta(w, keys[i], form("%.17g", numbers[i]));
+    for (int i = 0; i < 5; i++) archive_meta(w, keys[i], form("%.17g", numbers[i]));
 }
 // In FP32, or as_read: in the format that a tensor's operation reads.
 static void archive_tensors(Writer* w, const Model* m, const char* prefix, const float* data, int as_read) {
@@ -1937,20 +1919,22 @@ static const void* encoded(const float* x, long n, int dtype) {  // in BF16, or 
 // Returns 0, or errno where it cannot be written.
 static int archive_write(Writer* w, const char* path, Model* m, const Device* device) {
     char *temporary = form("%s.tmp", path), *slash;
-    FILE* f = fopen(temporary, "wb");
-    int error = f ? 0 : errno;
+    FILE* f = rank ? NULL : fopen(temporary, "wb");  // the first rank writes, all have to get
+    int error = f || rank ? 0 : errno;
     fputc('}', w->header);
     while ((ftell(w->header) + 8) % 64) fputc(' ', w->header);  // the data begins on a cache line
     fclose(w->header);
     if (f) fwrite(&w->length, sizeof w->length, 1, f), fwrite(w->text, 1, w->length, f);
-    for (int i = 0; i < w->count && f && !ferror(f); i++) {
+    for (int i = 0; i < w->count; i++) {
         const Entry* e = &w->entries[i];
         const void* data = e->data;
         if (!data) data = device->get(m, (Lasting)(i / m->num_tensors), &m->tensors[i % m->num_tensors]);
+        if (!f || ferror(f)) continue;
         if (e->dtype == BF16 || e->dtype == E4M3) data = encoded((const float*)data, e->values, e->dtype);
-        fwrite(data, (size_t)DTYPES[e->dtype].bytes, (size_t)e->values, f);
+        const size_t n = (size_t)e->values;
+        if (fwrite(data, (size_t)DTYPES[e->dtype].bytes, n, f) < n) error = errno;
     }
-    if (f && (fflush(f) != 0 || ferror(f) || fsync(fileno(f)) != 0)) error = errno ? errno : EIO;
+    if (f && !error && (fflush(f) != 0 || ferror(f) || fsync(fileno(f)) != 0)) error = errno ? errno : EIO;
     if (f && fclose(f) != 0 && !error) error = errno;
     if (f && !error && rename(temporary, path) != 0) error = errno;
     if (f && error) unlink(temporary);
@@ -2090,14 +2074,13 @@ static void generate(Model* m, const Device* device, const Text* text, int count
     }
     for (int i = 0; i < count && !stop_signal; i++) {
         const int token = sample_token(device->next(m, known, length), &m->c, i);
-        known = length;
+        known = length < T ? length : 0;  // when the window moves on, nothing
         if (token == text->end && text->vocab != BYTES_VOCAB) break;
         text_print(text, token);
         fflush(stdout);
         if (length == T) {  // a full window goes on from its second half
             memmove(window, window + T - T / 2, sizeof(int) * (size_t)(T / 2));
             length = T / 2;
-            known = 0;
         }
         window[length++] = token;
     }
@@ -2130,7 +2113,7 @@ static void print_header(const Model* m, const Device* device, const Split* trai
     printf("input: %s, %ld %s\n", shown(m->c.input), train->tokens->count, unit);
     if (val->tokens != train->tokens) printf("val: %s, %ld %s\n", shown(m->c.val), val->tokens->count, unit);
     printf("%ld %s to train on, %ld to validate on; %ld tokens a step\n%.2f M parameters; ", train->count,
-           unit, val->count, m->rows * m->c.accum, (double)m->num_params * 1e-6);
+           unit, val->count, m->rows * m->c.accum * ranks, (double)m->num_params * 1e-6);
 }
 
 // One screen for four blocks: for each linear its three operands; for each block the stream after it.
@@ -2168,10 +2151,11 @@ static FILE* open_log(const Model* m, const char* name, const char* header) {
 }
 
 // ---- Validation ----------------------------------------------------------------------------------------
+static int on_terminal(void) { return ranks == 1 && isatty(STDOUT_FILENO); }  // mpirun's is no user's
 static void progress(const char* what, long done, long all, double begin) {
     static double last;
     const double now = seconds(), left = (now - begin) * (double)(all - done) / (double)done;
-    const int terminal = isatty(STDOUT_FILENO);
+    const int terminal = on_terminal();
     if (now - fmax(last, begin) < (terminal ? 0.5 : 30)) return;
     printf("%s: %ld %%, %.0f s left%s", what, 100 * done / all, left, terminal ? "\033[K\r" : "\n");
     fflush(stdout);
@@ -2191,11 +2175,16 @@ static void val_read(const Model* m, const Split* val, long first, long n) {
     }
 }
 static int stopping(const Model* m) { return stop_signal && m->step < m->c.steps; }
+static int told_to_stop(const Device* device) {  // a signal to any rank is one to all
+    const int told = (int)device->sum(stop_signal);
+    if (told && !stop_signal) stop_signal = told;
+    return told;
+}
 static double validate(const Model* m, const Device* device, const Split* val) {
     const long windows = val_windows(&m->c, val);
     Model part = *m;  // in the same buffers, a batch that is smaller at the end
     double sum = 0, begin = seconds();
-    for (long i = 0; i < windows && !stopping(m); i += m->c.batch) {
+    for (long i = rank * (long)m->c.batch; i < windows && !stopping(m); i += ranks * (long)m->c.batch) {
         part.c.batch = (int)min_l(m->c.batch, windows - i);
         part.rows = (long)part.c.batch * m->c.seq;
         val_read(m, val, i, part.c.batch);
@@ -2203,7 +2192,7 @@ static double validate(const Model* m, const Device* device, const Split* val) {
         for (long n = 0; n < part.rows; n++) sum += losses[n];
         if (m->c.evaluate) progress("validation", i + part.c.batch, windows, begin);
     }
-    return stopping(m) ? NAN : sum / (double)(windows * m->c.seq);
+    return device->sum(stopping(m) ? NAN : sum) / (double)(windows * m->c.seq);
 }
 
 // HellaSwag (Zellers et al. 2019): which of four endings follows? llm.c's file: int32[256] (magic, version,
@@ -2241,6 +2230,7 @@ static double hellaswag(const Model* m, const Device* device, const Questions* q
     Model part = *m;
     part.c.seq = (int)T, part.c.batch = 4, part.rows = 4 * T;
     for (long i = 0; i < q->count && !stopping(m); i++, w += w[1] / 2) {
+        if (i % ranks != rank) continue;
         const long before = w[5];
         const uint16_t *context = w + 6, *ending = context + before;
         long from[4], to[4], choice = 0;
@@ -2264,7 +2254,7 @@ static double hellaswag(const Model* m, const Device* device, const Questions* q
         right += choice == w[3];
         if (m->c.evaluate) progress("questions", i + 1, q->count, begin);
     }
-    return stopping(m) ? NAN : (double)right / (double)q->count;
+    return device->sum(stopping(m) ? NAN : (double)right) / (double)q->count;
 }
 
 static void evaluate(const Model* m, const Device* device, const Split* val, const Questions* q,
@@ -2298,15 +2288,16 @@ static int save(void) {
     Model* m = current.m;
     saving = 1;
     current.device->fetch(m);
-    int error = checkpoint_save(m, current.device, current.path);
+    int error = (int)current.device->sum(checkpoint_save(m, current.device, current.path));
     if (!error) current.saved = m->step;
-    if (!error && every(m->c.save_every, m->step)) {  // a second name for it: the next one takes the first
+    if (!error && !rank && every(m->c.save_every, m->step)) {  // a second name: the next one takes the first
         const char *to = form("%s/step_%08ld.safetensors", m->c.out, m->step), *new_one = form("%s.new", to);
         unlink(new_one);
         error = link(current.path, new_one) || rename(new_one, to) ? errno : 0;
     }
-    if (error) fprintf(stderr, "%s: cannot write %s: %s (what was written before is untouched)\n", program,
-                       shown(current.path), strerror(error));
+    if (error && !rank)
+        fprintf(stderr, "%s: cannot write %s: %s (what was written before is untouched)\n", program,
+                shown(current.path), strerror(error));
     current.saved_at = seconds();
     saving = 0;
     return !error;
@@ -2320,39 +2311,40 @@ static void save_at_end(void) {
 
 static void train(Model* m, const Device* device, const Split* train, const Split* val, const Questions* q,
                   const Text* text) {
-    static const int signals[] = {SIGINT, SIGTERM, SIGHUP, SIGPIPE};
+    static const int signals[] = {SIGINT, SIGTERM, SIGHUP, SIGPIPE, SIGUSR1};
     const Config* c = &m->c;
     FILE *log = NULL, *stats = NULL;
     double val_loss = NAN, begin = seconds();
-    const int terminal = isatty(STDOUT_FILENO);
+    const int terminal = on_terminal(), saves = *c->out != 0;
     for (long i = 0; i < val_windows(c, val); i++) val_read(m, val, i, 1);  // a bad token ends the run here
     current.m = m, current.device = device, current.path = copied(checkpoint_path(c->out));
     current.saved = current.first = m->step, current.sequence = m->sequence, current.saved_at = begin;
-    if (*c->out) {
+    if (saves && rank == 0) {
         if (mkdir(c->out, 0777) && errno != EEXIST) die("cannot make --out %s: %s", c->out, strerror(errno));
         if (flock(open(c->out, O_RDONLY), LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK)
             die("another process trains into --out %s", c->out);
         log = open_log(m, "log.csv", "step,train_loss,val_loss,lr,grad_norm,ms,tokens_per_s,hellaswag");
         if (c->stats_every)
             stats = open_log(m, "stats.csv", "step,tensor,operand,format,rms,max,flushed,saturated");
-        last_words = save_at_end;
     }
-    for (int i = 0; i < 4; i++)  // what was ignored, as by nohup, stays so
+    if (saves && ranks == 1) last_words = save_at_end;  // which all ranks would have to come to
+    for (int i = 0; i < 5; i++)  // what was ignored, as by nohup, stays so
         if (signal(signals[i], on_signal) == SIG_IGN) signal(signals[i], SIG_IGN);
     fflush(stdout);
-    while (m->step < c->steps && !stop_signal) {
+    while (m->step < c->steps && !told_to_stop(device)) {
         const long s = m->step + 1;
         const int last = s == c->steps, want_val = last || every(c->eval_every, s);
         const int want_stats = c->stats_every && (s == 1 || last || every(c->stats_every, s));
         double lr = learning_rate(c, s), start = seconds();
         m->stats_on = want_stats;
         StepResult r = device->step(m, train, lr);
-        double ms = 1e3 * (seconds() - start), rate = 1e3 * (double)(m->rows * c->accum) / ms;
+        double ms = 1e3 * (seconds() - start), rate = 1e3 * (double)(m->rows * c->accum * ranks) / ms;
+        if (saves && (!isfinite(r.loss) || r.bad)) last_words = save_at_end;  // all ranks are here
         if (!isfinite(r.loss) || r.bad)
             die("step %ld: the %s is not finite; the parameters are as they were before it. A lower --lr may "
                 "help", s, r.bad ? form("gradient of %s", r.bad->name) : "loss");
         current.sequence = m->sequence;
-        if (log && last) save();  // first of all: what follows takes time, and no signal cuts it short
+        if (saves && last) save();  // first of all: what follows takes time, and no signal cuts it short
         val_loss = want_val ? validate(m, device, val) : NAN;
         const double share = want_val && q->count ? hellaswag(m, device, q) : NAN;
         long left = (long)((seconds() - begin) / (double)(s - current.first) * (double)(c->steps - s));
@@ -2370,10 +2362,11 @@ static void train(Model* m, const Device* device, const Split* train, const Spli
                     share_text);
         }
         fflush(NULL);  // the logs too; a full disk costs rows of them, and not the run
-        if (log && !last && (seconds() - current.saved_at >= save_seconds || every(c->save_every, s))) save();
+        const double overdue = device->sum(!rank && seconds() - current.saved_at >= save_seconds);
+        if (saves && !last && (overdue || every(c->save_every, s))) save();
     }
     if (stopping(m)) printf("\nstopped by a signal after step %ld\n", m->step);
-    if (log) save_at_end();
+    if (saves) save_at_end();
     if (log && (ferror(log) || (stats && ferror(stats))))
         fprintf(stderr, "%s: rows of the logs in %s could not be written\n", program, shown(c->out));
     if (stopping(m)) return;
@@ -2478,8 +2471,15 @@ __attribute__((unused)) static int run(int argc, char** argv, const Device* devi
     if (resumes && !c.new_data && checkpoint_number(&checkpoint, "data", 0x1p53) != (long)c.data)
         die("%s was trained on other data: size or content differ; --new-data goes on", checkpoint.path);
     if (loads) munmap((void*)checkpoint.file, (size_t)(checkpoint.data + checkpoint.size - checkpoint.file));
-    if (loads && !c.generate) printf("%s %s, step %ld\n", resumes ? "resumed from" : "loaded",
-                                     shown(checkpoint.path), m.step);
+    const char* by = resumes ? archive_get(&checkpoint, "ranks") : NULL;
+    const char* now = by && atoi(by) != ranks ? form(" (saved by %s ranks, now %d)", by, ranks) : "";
+    if (loads && !c.generate) printf("%s %s, step %ld%s\n", resumes ? "resumed from" : "loaded",
+                                     shown(checkpoint.path), m.step, now);
+    uint64_t alike = (uint64_t)m.step ^ c.data;  // what ranks must have
+    for (const Option* o = OPTIONS; o < OPTIONS_END; o++)
+        if (o->name) alike = mix64(alike ^ stream_of(option_get(&m.c, o)));
+    if (device->sum((double)(alike >> 32)) != (double)(alike >> 32) * ranks)
+        die("ranks differ in flags, data or checkpoint: all want the same, and --out on a shared disk");
     if (!uses && !resumes) m.step = m.sequence = 0;
     if (!uses && device->describe) device->describe(&m);
     if (c.generate) generate(&m, device, &text, c.tokens);

@@ -58,13 +58,18 @@ static void lt_check(cublasStatus_t s, const char* what, const char* file, int l
 }
 #define CUDA(call) cuda_check(call, #call, __FILE__, __LINE__)
 #define LT(call) lt_check(call, #call, __FILE__, __LINE__)
-// The first card, and its compute capability times ten. Where none can be used the driver's reason is
-// printed, most often that it is older than the toolkit.
+static int local_rank;  // among those on this machine: which of its cards is ours
+// Our card, and its compute capability times ten. Where none can be used the driver's reason is printed, most
+// often that it is older than the toolkit.
 static int open_card(cudaDeviceProp* card, const char* instead) {
     int n = 0;
     const cudaError_t e = cudaGetDeviceCount(&n);
     if (e != cudaSuccess || n == 0) die("no GPU can be used (%s); %s", cudaGetErrorString(e), instead);
-    CUDA(cudaGetDeviceProperties(card, 0));
+    if (n > 1 && local_rank >= n)
+        die("for this rank there is no GPU: the machine has %d; start fewer (mpirun -np)", n);
+    const int device = n > 1 ? local_rank : 0;  // a cluster may show each rank its own card alone
+    CUDA(cudaSetDevice(device));
+    CUDA(cudaGetDeviceProperties(card, device));
     return card->major * 10 + card->minor;
 }
 
@@ -216,17 +221,17 @@ static dim3 tiles(long rows, long cols) {
 }
 
 // ---- Embedding --------------------------------------------------------------------------------------------
-// x = scale (wte[token] + wpe[position]); the rows are rounded as they are read.
+// x = scale (wte[token] + wpe[position])
 template <class S> static __global__ void __launch_bounds__(THREADS)
-embedding_forward_kernel(Dest<S> x, const int* tokens, const float* wte, const float* wpe, float scale,
-                             long N, long T, long C) {
+embedding_forward_kernel(Dest<S> x, const int* tokens, const S* wte, const S* wpe, float scale, long N,
+                         long T, long C) {
     __shared__ S tile[TILE * STRIDE];
     const long n = (long)blockIdx.y * TILE + tile_row(), c = (long)blockIdx.x * TILE + tile_col();
     if (n < N && c < C) {
         float e[16], p[16];
         load16(e, wte + tokens[n] * C + c);
         load16(p, wpe + n % T * C + c);
-        for (int i = 0; i < 16; i++) e[i] = (round_s<S>(e[i]) + round_s<S>(p[i])) * scale;
+        for (int i = 0; i < 16; i++) e[i] = (e[i] + p[i]) * scale;
         fill_tile(tile, e);
     }
     __syncthreads();
@@ -293,8 +298,8 @@ position_backward_kernel(float* dwpe, const S* dx, float scale, long B, long T, 
     store16(dwpe + at, sum);
 }
 template <class S>
-static void launch_embedding_forward(Dest<S> x, const int* tokens, const float* wte, const float* wpe,
-                                     float scale, long N, long T, long C) {
+static void launch_embedding_forward(Dest<S> x, const int* tokens, const S* wte, const S* wpe, float scale,
+                                     long N, long T, long C) {
     embedding_forward_kernel<S><<<tiles(N, C), THREADS, 0, stream>>>(x, tokens, wte, wpe, scale, N, T, C);
     launched("embedding forward");
 }
@@ -1043,17 +1048,37 @@ static __global__ void __launch_bounds__(THREADS) add_loss_kernel(Result* r, con
     if (threadIdx.x == 0) r->loss += sum / (double)N;
 }
 
-// Sums of squares of the gradients, by chunks that never span two tensors.
+// Parameters lie in memory by part (train_us.c: part_of): matrices, tables, vectors. Of several GPUs each
+// holds the masters and moments of an equal share of each part, which may begin inside a tensor, or a row:
+//   parameters   |m m m m m m|t t t t|v v|    of 2 ranks the second has  m m m, t t, v  in its memory, one
+//   their ranks   0 0 0 1 1 1 0 0 1 1 0 1     after the other
+// A Piece is what one rank holds of one tensor: n values, of the parameters (and gradients) from `first` on,
+// of the rank's memory from `at` on; n <= 0: nothing. On one GPU that is all of it, and at = first.
+typedef struct { long first, at, n; } Piece;
+static int sharded(const Model* m) { return ranks > 1 && m->training; }
+static long part_begin(const Model* m, int part) { return part ? m->part_end[part - 1] : 0; }
+static long share_of(const Model* m, int part) {
+    return (m->part_end[part] - part_begin(m, part)) / (sharded(m) ? ranks : 1);
+}
+static Piece piece_of(const Model* m, const Tensor* t, int of_rank) {  // of a tensor
+    const int part = part_of(t), who = sharded(m) ? of_rank : 0;
+    const long before = part_begin(m, part) / (sharded(m) ? ranks : 1), share = share_of(m, part);
+    const long begin = part_begin(m, part) + who * share, first = max_l(t->offset, begin);
+    const long end = min_l(t->offset + t->rows * t->cols, begin + share);
+    const Piece p = {first, before + first - begin, end - first};
+    return p;
+}
+
+// Sums of squares of the gradients of our share, by chunks that never span two tensors.
 enum { CHUNK = 65536 };
 typedef struct { long offset, n; int tensor; double share; } Chunk;  // norm_share
 static Chunk* chunks_of(const Model* m, int* count) {
     Chunk* chunks = (Chunk*)alloc(sizeof(Chunk) * ((double)m->num_params / CHUNK + m->num_tensors + 1));
     *count = 0;
     for (int i = 0; i < m->num_tensors; i++) {
-        const long size = m->tensors[i].rows * m->tensors[i].cols;
-        for (long at = 0; at < size; at += CHUNK) {
-            const Chunk k = {m->tensors[i].offset + at, min_l(CHUNK, size - at), i,
-                             m->tensors[i].norm_share};
+        const Piece p = piece_of(m, &m->tensors[i], rank);
+        for (long at = 0; at < p.n; at += CHUNK) {
+            const Chunk k = {p.first + at, min_l(CHUNK, p.n - at), i, m->tensors[i].norm_share};
             chunks[(*count)++] = k;
         }
     }
@@ -1091,7 +1116,17 @@ result_kernel(Result* r, const double* sums, const Chunk* chunks, int n) {
     r->bad = bad == INT32_MAX ? -1 : bad;
     r->stop = r->bad >= 0 || !isfinite(r->loss);
 }
-// The sum of squares of all gradients, and what is not finite, into r.
+// What all ranks have found, added in their order: the same decision everywhere.
+static __global__ void combine_kernel(Result* r, const Result* all, int n) {
+    Result sum = {0, 0, INT32_MAX, 0};
+    for (int i = 0; i < n; i++) {
+        sum.loss += all[i].loss, sum.norm2 += all[i].norm2, sum.stop |= all[i].stop;
+        if (all[i].bad >= 0) sum.bad = min(sum.bad, all[i].bad);
+    }
+    if (sum.bad == INT32_MAX) sum.bad = -1;
+    *r = sum;
+}
+// The sum of squares of the gradients, and what is not finite, into r.
 static void launch_gradient_norm(Result* r, double* sums, const float* grads, const Chunk* chunks, int n) {
     norm_chunk_kernel<<<(unsigned)n, THREADS, 0, stream>>>(sums, grads, chunks);
     launched("gradient norm");
@@ -1100,6 +1135,22 @@ static void launch_gradient_norm(Result* r, double* sums, const float* grads, co
 }
 
 // ---- Optimizer --------------------------------------------------------------------------------------------
+// The 16 values from `at` on, after their step; rates = NULL: as they are.
+__device__ static inline void take_step(float (&to)[16], long at, float* w, float* m, float* v,
+                                        const float* g, const Rates* rates) {
+    load16(to, w + at);
+    if (!rates) return;
+    float mt[16], vt[16], gt[16];
+    const Rates r = *rates;
+    load16(mt, m + at);
+    load16(gt, g + at);
+    if (v) load16(vt, v + at);
+    for (int i = 0; i < 16; i++)
+        to[i] = v ? adamw(to[i], &mt[i], &vt[i], gt[i], r) : lion(to[i], &mt[i], gt[i], r);
+    store16(w + at, to);
+    store16(m + at, mt);
+    if (v) store16(v + at, vt);
+}
 // One step of a tensor (rows, cols), and the copies of it that the matmuls read. rates = NULL: only the
 // copies. A step that is not finite changes nothing.
 template <class S> static __global__ void __launch_bounds__(THREADS)
@@ -1108,22 +1159,10 @@ update_kernel(Dest<S> copy, float* w, float* m, float* v, const float* g, const 
     __shared__ S tile[TILE * STRIDE];
     const long row0 = (long)blockIdx.y * TILE, col0 = (long)blockIdx.x * TILE;
     const long row = row0 + tile_row(), col = col0 + tile_col(), at = row * cols + col;
-    const bool update = rates, live = row < rows && col < cols;
-    if (update && result->stop) return;
-    if (live) {
-        float wt[16], mt[16], vt[16], gt[16];
-        load16(wt, w + at);
-        if (update) {
-            const Rates r = *rates;
-            load16(mt, m + at);
-            load16(gt, g + at);
-            if (v) load16(vt, v + at);
-            for (int i = 0; i < 16; i++)
-                wt[i] = v ? adamw(wt[i], &mt[i], &vt[i], gt[i], r) : lion(wt[i], &mt[i], gt[i], r);
-            store16(w + at, wt);
-            store16(m + at, mt);
-            if (v) store16(v + at, vt);
-        }
+    if (rates && result->stop) return;
+    if (row < rows && col < cols) {
+        float wt[16];
+        take_step(wt, at, w, m, v, g, rates);
         fill_tile(tile, wt);
     }
     if (!copy.out && !copy.q) return;  // the same for all threads
@@ -1135,6 +1174,43 @@ static void launch_update(Dest<S> copy, float* w, float* m, float* v, const floa
                           const Result* result, long rows, long cols) {
     update_kernel<S><<<tiles(rows, cols), THREADS, 0, stream>>>(copy, w, m, v, g, rates, result, rows, cols);
     launched("update");
+}
+
+// One step of n values in a row, somewhere in a tensor, and their copy in its format.
+template <class S> static __global__ void __launch_bounds__(THREADS)
+update_piece_kernel(S* copy, fp8* codes, float* w, float* m, float* v, const float* g, const Rates* rates,
+                    const Result* result, long n) {
+    const long i = ((long)blockIdx.x * THREADS + threadIdx.x) * 16;
+    if (i >= n || result->stop) return;
+    float wt[16];
+    take_step(wt, i, w, m, v, g, rates);
+    if (codes) {
+        for (int k = 0; k < 16; k++) wt[k] = round_s<S>(wt[k]);
+        store_fp8(codes + i, wt, E4M3);
+    } else store16(copy + i, wt);
+}
+template <class S>
+static void launch_update_piece(S* copy, fp8* codes, float* w, float* m, float* v, const float* g,
+                                const Rates* rates, const Result* result, long n) {
+    update_piece_kernel<S><<<(unsigned)div_up(n, 16 * THREADS), THREADS, 0, stream>>>(copy, codes, w, m, v, g,
+                                                                                      rates, result, n);
+    launched("update");
+}
+// The transpose (cols, rows) of codes (rows, cols), both multiples of 16.
+static __global__ void __launch_bounds__(THREADS)
+transpose_kernel(fp8* out, const fp8* codes, long rows, long cols) {
+    __shared__ __align__(16) fp8 tile[TILE * (TILE + 16)];
+    const long row0 = (long)blockIdx.y * TILE, col0 = (long)blockIdx.x * TILE;
+    const int r = tile_row(), c = tile_col(), stride = TILE + 16;
+    if (row0 + r < rows && col0 + c < cols)
+        *(uint4*)(tile + r * stride + c) = *(const uint4*)(codes + (row0 + r) * cols + col0 + c);
+    __syncthreads();
+    if (col0 + r >= cols || row0 + c >= rows) return;  // now r is a column, and c 16 rows
+    Pack<fp8> column;
+    uint4 bits;
+    for (int i = 0; i < 16; i++) column.v[i] = tile[(c + i) * stride + r];
+    memcpy(&bits, &column, sizeof bits);
+    store_bits(out + (col0 + r) * rows + row0 + c, bits);
 }
 
 // ---- Unit-scale statistics --------------------------------------------------------------------------------
@@ -1168,6 +1244,11 @@ static __global__ void __launch_bounds__(THREADS)
 decode_kernel(bf16* out, const fp8* codes, Format format, long n) {
     const long i = (long)blockIdx.x * THREADS + threadIdx.x;
     if (i < n) out[i] = (bf16)fp8_decode(codes[i], format);
+}
+
+static void launch_transpose(fp8* out, const fp8* codes, long rows, long cols) {
+    transpose_kernel<<<tiles(rows, cols), THREADS, 0, stream>>>(out, codes, rows, cols);
+    launched("transpose");
 }
 
 // ---- Matmul by cuBLASLt -----------------------------------------------------------------------------------
@@ -1366,9 +1447,11 @@ static struct {
     cudaDeviceProp card;
     int is_fp8, native;                     // hidden operands are FP8; the card multiplies FP8
     cudaDataType_t type;                    // of the stream
-    float *params, *grads, *m, *v;          // as in Model
-    fp8 *w, *wt;                            // E4M3 codes of the blocks' tensors, at the tensors' offsets
-    void *w16, *head;                       // BF16 copies: of the blocks' tensors unless FP8, of the head
+    float *params, *grads, *m, *v;          // as in Model, but of params, m and v our shares only: see Piece
+    void* copy[PARTS];                      // what forward and backward read of them, all: see copy_bytes
+    fp8* wt;                                // the codes of each hidden matrix again, transposed
+    float* whole;                           // one tensor, put together from all ranks' pieces
+    Result* results;                        // of all ranks
     void* act[BUFFERS][MAX_LAYERS];         // forward's buffers and backward's, see buffers_of
     fp8* xt[LINEARS][MAX_LAYERS];           // (I,Np) codes of a linear's input
     fp8 *x, *dy, *dyt;                      // codes of one linear's input (N,4C) and gradient, (4C,Np)
@@ -1395,6 +1478,10 @@ enum { WEIGHTS, OPTIMIZER, GRADIENTS, ACTIVATIONS, WORK };
 enum { STAT_PARTS = 256 };
 
 static long ints_of_batch(const Model* m) { return 3 * m->rows + m->c.vocab + 1; }
+// Of a value that forward and backward read: codes, BF16, or FP32.
+static long copy_bytes(int part) {
+    return part == VECTORS ? 4 : part == MATRICES && gpu.is_fp8 ? 1 : bytes_of(gpu.type);
+}
 
 // How many of a buffer there are: as kept() says, or one that every block uses in turn, or none.
 static int buffers_of(const Model* m, int k) {
@@ -1422,17 +1509,17 @@ static double plan(const Model* m, int carry_out) {
     const int training = m->training;
     const double C = m->c.width, N = (double)m->rows, S = (double)bytes_of(gpu.type),
                  P = (double)m->num_params;
-    const double hidden = (double)tensor(m, 0, WTE)->offset, Np = (double)padded(m->rows);
+    const double Np = (double)padded(m->rows), share = P / (sharded(m) ? ranks : 1);
     const int slots = m->c.recompute ? 1 : m->c.layers, widths[LINEARS] = {1, 1, 1, 4};
     memset(gpu.bytes, 0, sizeof gpu.bytes);
-    PLAN(gpu.params, WEIGHTS, 4 * P);
-    if (gpu.is_fp8) PLAN(gpu.w, WEIGHTS, hidden);
-    if (gpu.is_fp8 && training) PLAN(gpu.wt, WEIGHTS, hidden);
-    if (gpu.type == CUDA_R_16BF) PLAN(gpu.head, WEIGHTS, 2 * C * (double)m->vp);
-    if (gpu.type == CUDA_R_16BF && !gpu.is_fp8) PLAN(gpu.w16, WEIGHTS, 2 * hidden);
+    PLAN(gpu.params, WEIGHTS, 4 * share);
+    for (int k = 0; k < PARTS; k++)  // on one GPU FP32 is read from the masters themselves
+        if (sharded(m) || copy_bytes(k) < 4)
+            PLAN(gpu.copy[k], WEIGHTS, copy_bytes(k) * (m->part_end[k] - part_begin(m, k)));
+    if (gpu.is_fp8 && training) PLAN(gpu.wt, WEIGHTS, m->part_end[MATRICES]);
     if (training) {
-        PLAN(gpu.m, OPTIMIZER, 4 * P);
-        if (m->c.optimizer == ADAMW) PLAN(gpu.v, OPTIMIZER, 4 * P);
+        PLAN(gpu.m, OPTIMIZER, 4 * share);
+        if (m->c.optimizer == ADAMW) PLAN(gpu.v, OPTIMIZER, 4 * share);
         PLAN(gpu.grads, GRADIENTS, 4 * P);
     }
     for (int k = 0; k < BUFFERS; k++) {
@@ -1462,6 +1549,8 @@ static double plan(const Model* m, int carry_out) {
     PLAN(gpu.batch, WORK, 4 * (double)ints_of_batch(m));
     PLAN(gpu.rates, WORK, sizeof(Rates) * (double)m->num_tensors);
     PLAN(gpu.result, WORK, sizeof(Result));
+    if (sharded(m)) PLAN(gpu.results, WORK, sizeof(Result) * (double)ranks);
+    if (sharded(m)) PLAN(gpu.whole, WORK, 4 * C * fmax(4 * C, (double)max_l(m->vp, m->c.seq)));
     PLAN(lt.workspace, WORK, WORKSPACE);
     double total = 0;
     for (int i = 0; i <= WORK; i++) total += gpu.bytes[i];
@@ -1480,7 +1569,7 @@ static double plan_for_batch(const Model* m, int batch, int recompute) {
 // Of the memory that is free. What CUDA takes later stays: cuBLASLt's kernels, loaded as they are first used,
 // and two graphs.
 static double usable_bytes(void) {
-    enum { RESERVE = 256 << 20 };
+    const double RESERVE = (ranks > 1 ? 512 : 256) << 20;
     size_t free_bytes, total_bytes;
     CUDA(cudaMemGetInfo(&free_bytes, &total_bytes));
     return fmax(0, (double)free_bytes - RESERVE);
@@ -1499,9 +1588,178 @@ template <class S> static S* act(const Model* m, int l, int kind) {
     return (S*)gpu.act[kind][buffers_of(m, kind) > 1 ? l : 0];
 }
 static float* floats_of(const Model* m, int l, int kind) { return act<float>(m, l, kind); }
-static float* param_gpu(const Model* m, int l, int kind) { return gpu.params + tensor(m, l, kind)->offset; }
+static void* copy_gpu(const Model* m, const Tensor* t) {  // a tensor as it is read
+    const int part = part_of(t);
+    return (char*)gpu.copy[part] + (t->offset - part_begin(m, part)) * copy_bytes(part);
+}
+static void* weight_gpu(const Model* m, int l, int kind) { return copy_gpu(m, tensor(m, l, kind)); }
+static float* vector_gpu(const Model* m, int l, int kind) { return (float*)weight_gpu(m, l, kind); }
 static float* grad_gpu(const Model* m, int l, int kind) { return gpu.grads + tensor(m, l, kind)->offset; }
 static int slot(const Model* m, int l) { return m->c.recompute ? 0 : l; }
+
+// ---- Many GPUs --------------------------------------------------------------------------------------------
+// mpirun starts a process a GPU, a rank; all go through the same program with the same flags. Each has its
+// own sequences of a step, all weights as matmuls read them, and gradients of all of them; but of the masters
+// and moments it holds only a share (ZeRO stage 1: Rajbhandari et al. 2020, arXiv 1910.02054; see Piece). A
+// step ends so:
+//   reduce-scatter   the sum over ranks of its share's gradients, FP32, to each: as grad_scale S counts all
+//                    ranks' tokens, that sum is S times the true gradient, and nothing is divided
+//   result           each share's part of the norm and each rank's loss go to all, who add in one order
+//   update           of the share, with codes or BF16 written into the rank's piece of the copies
+//   all-gather       the copies: of a hidden weight its E4M3 code, one byte where BF16 has two. There is no
+//                    scale to agree on. Then each rank transposes the codes for itself.
+// Where one rank asks for a collective all have to: a whole tensor (whole_gpu: for a checkpoint, which the
+// first writes), a sum of the host's (Device.sum: is any told to stop? is the first one's save overdue?). So
+// an error that one rank alone meets saves nothing; it ends all.
+// MPI counts ranks, hands on NCCL's name of itself, sums the host's numbers, and ends all if one ends. NCCL
+// does the rest, in stream order; it adds in an order that depends on machine and version: same ones, same
+// bits.
+static void check_alone(void) {  // one process to MPI: has a launcher started more?
+    static const char* const sizes[] = {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"};
+    for (int i = 0; i < 3; i++)
+        if (getenv(sizes[i]) && atoi(getenv(sizes[i])) > 1)
+            die("each of %s processes would train alone: build with MPI=1, of the launcher's MPI",
+                getenv(sizes[i]));
+}
+#ifdef US_MPI
+#define OMPI_SKIP_MPICXX
+#include <mpi.h>
+#include <nccl.h>
+
+static void mpi_check(int e, const char* what, const char* file, int line) {
+    char text[MPI_MAX_ERROR_STRING] = "";
+    int n;
+    if (e == MPI_SUCCESS) return;
+    MPI_Error_string(e, text, &n);
+    last_words = NULL;
+    die("%s:%d: %s: %s (is this the MPI that it was built with?)", file, line, what, text);
+}
+static void nccl_check(ncclResult_t e, const char* what, const char* file, int line) {
+    if (e == ncclSuccess) return;
+    last_words = NULL;
+    die("%s:%d: %s: %s: %s (NCCL_DEBUG=INFO says more)", file, line, what, ncclGetErrorString(e),
+        ncclGetLastError(NULL));
+}
+#define MPI(call) mpi_check(call, #call, __FILE__, __LINE__)
+#define NCCL(call) nccl_check(call, #call, __FILE__, __LINE__)
+static ncclComm_t communicator;
+
+static void end_all(void) {  // at exit: in the middle of a run, for an error that is in stderr's buffer
+    int over = 0, size = 1;
+    if (MPI_Finalized(&over) != MPI_SUCCESS || over) return;
+    MPI_Comm_size(MPI_COMM_WORLD, &size);
+    signal(SIGTERM, SIG_DFL);
+    if (rank) sleep(2);  // what all find wrong the first alone says: its MPI_Abort ends the others by then
+    fflush(NULL);
+    if (size > 1) MPI_Abort(MPI_COMM_WORLD, 1);
+    else MPI_Finalize();
+}
+__attribute__((unused)) static void ranks_open(void) {
+    int level;
+    MPI_Comm here;
+    MPI(MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &level));
+    MPI(MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN));
+    MPI(MPI_Comm_rank(MPI_COMM_WORLD, &rank));
+    MPI(MPI_Comm_size(MPI_COMM_WORLD, &ranks));
+    MPI(MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &here));
+    MPI(MPI_Comm_rank(here, &local_rank));
+    MPI(MPI_Comm_free(&here));
+    atexit(end_all);
+    if (ranks == 1) check_alone();
+    if (rank == 0) return;
+    setenv("NCCL_DEBUG_FILE", "/dev/stderr", 0);  // its own choice is stdout
+    program = copied(form("%s, rank %d", program, rank));
+    setvbuf(stderr, NULL, _IOFBF, 1 << 14);  // until end_all
+    if (!freopen("/dev/null", "w", stdout)) die("cannot open /dev/null: %s", strerror(errno));
+}
+__attribute__((unused)) static void ranks_close(void) {
+    if (communicator) NCCL(ncclCommDestroy(communicator));
+    MPI(MPI_Finalize());
+}
+static void communicator_check(void) {  // a lost peer does not end a wait: NCCL says so here
+    ncclResult_t e;
+    NCCL(ncclCommGetAsyncError(communicator, &e));
+    NCCL(e);
+}
+static double gpu_sum(double x) {
+    double sum = x;
+    if (ranks > 1) MPI(MPI_Allreduce(&x, &sum, 1, MPI_DOUBLE, MPI_SUM, MPI_COMM_WORLD));
+    return sum;
+}
+// Calls of one kind, done as one.
+static void together(int begin) { NCCL(begin ? ncclGroupStart() : ncclGroupEnd()); }
+static void reduce_scatter(float* all, long n) {  // n for each rank, in place
+    NCCL(ncclReduceScatter(all, all + rank * n, (size_t)n, ncclFloat, ncclSum, communicator, stream));
+}
+static void all_gather(void* all, const void* ours, long bytes) {  // of each rank
+    NCCL(ncclAllGather(ours, all, (size_t)bytes, ncclUint8, communicator, stream));
+}
+static void broadcast(float* to, const float* from, long n, int root) {
+    NCCL(ncclBroadcast(from, to, (size_t)n, ncclFloat, root, communicator, stream));
+}
+static void communicator_open(void) {  // once, of whatever model
+    ncclUniqueId id;
+    if (communicator) return;
+    if (rank == 0) NCCL(ncclGetUniqueId(&id));
+    MPI(MPI_Bcast(&id, sizeof id, MPI_BYTE, 0, MPI_COMM_WORLD));
+    NCCL(ncclCommInitRank(&communicator, ranks, id, rank));
+    float* some;  // it connects, and takes memory, when a call is first made
+    CUDA(cudaMalloc(&some, sizeof(float) * (size_t)ranks));
+    reduce_scatter(some, 1);
+    all_gather(some, some + rank, sizeof(float));
+    broadcast(some, some, ranks, 0);
+    CUDA(cudaStreamSynchronize(stream));
+    CUDA(cudaFree(some));
+}
+#else  // one process, which asks for none of this
+__attribute__((unused)) static void ranks_open(void) { check_alone(); }
+__attribute__((unused)) static void ranks_close(void) {}
+static void communicator_open(void) {}
+static void communicator_check(void) {}
+static double gpu_sum(double x) { return x; }
+static void together(int) {}
+static void reduce_scatter(float*, long) {}
+static void all_gather(void*, const void*, long) {}
+static void broadcast(float*, const float*, long, int) {}
+#endif
+
+static void scatter_gradients(const Model* m) {
+    together(1);
+    for (int k = 0; k < PARTS; k++) reduce_scatter(gpu.grads + part_begin(m, k), share_of(m, k));
+    together(0);
+    launched("reduce-scatter");
+}
+static void share_result(void) {
+    all_gather(gpu.results, gpu.result, sizeof(Result));
+    combine_kernel<<<1, 1, 0, stream>>>(gpu.result, gpu.results, ranks);
+    launched("result");
+}
+static void gather_copies(const Model* m) {
+    together(1);
+    for (int k = 0; k < PARTS; k++) {
+        const long n = share_of(m, k) * copy_bytes(k);
+        all_gather(gpu.copy[k], (char*)gpu.copy[k] + rank * n, n);
+    }
+    together(0);
+    launched("all-gather");
+    for (const Tensor* t = m->tensors; t < m->tensors + m->num_tensors && gpu.wt; t++)
+        if (is_hidden(t)) launch_transpose(gpu.wt + t->offset, (fp8*)copy_gpu(m, t), t->rows, t->cols);
+}
+// All of a tensor's masters or moments; of several ranks all have to ask. Until the next is asked for.
+static float* gpu_lasting(Lasting what) {
+    return what == PARAMS ? gpu.params : what == FIRST_MOMENT ? gpu.m : gpu.v;
+}
+static const float* whole_gpu(const Model* m, Lasting what, const Tensor* t) {
+    if (!sharded(m)) return gpu_lasting(what) + t->offset;
+    together(1);
+    for (int r = 0; r < ranks; r++) {
+        const Piece p = piece_of(m, t, r);
+        if (p.n > 0) broadcast(gpu.whole + (p.first - t->offset), gpu_lasting(what) + p.at, p.n, r);
+    }
+    together(0);
+    launched("broadcast");
+    return gpu.whole;
+}
 
 // ---- Looking at tensors -----------------------------------------------------------------------------------
 template <class S> static void fetch_floats(float* to, const S* from, long n) {
@@ -1526,7 +1784,7 @@ template <class S> static void stat_gpu(Model* m, int row, const char* name, int
     CUDA(cudaMemcpyAsync(gpu.host_stat, gpu.stat, sizeof(StatSums) * (size_t)parts, cudaMemcpyDeviceToHost,
                          stream));
     CUDA(cudaStreamSynchronize(stream));
-    stat_finish(stat_at(m, row, name, operand), gpu.host_stat, parts, n, f);
+    stat_finish(m, row, name, operand, gpu.host_stat, parts, (double)n, f);
 }
 
 // ---- Forward ----------------------------------------------------------------------------------------------
@@ -1551,24 +1809,16 @@ static Dest<S> gradient_of(const Model* m, int l, int kind, S* value, int always
     return d;
 }
 
-// Weights as the matmuls read them: codes, the BF16 copy, or the masters themselves.
-template <class S> static const void* weight_gpu(const Model* m, int l, int kind) {
-    const long offset = tensor(m, l, kind)->offset;
-    if (kind == HEAD) return gpu.head ? gpu.head : (void*)(gpu.params + offset);
-    return gpu.is_fp8 ? (void*)(gpu.w + offset)
-           : gpu.w16  ? (void*)((S*)gpu.w16 + offset)
-                      : (void*)(gpu.params + offset);
-}
-
 // Y = alpha X W^T. value: X in the stream's format, which FP8 reads for statistics only. Rows beyond N fill
 // up an FP8 product; whatever is in them ends in rows beyond N, which nobody reads.
 template <class S> static void linear_forward_gpu(Model* m, int l, int kind, S* y, const S* value, long N) {
     const Tensor* t = tensor(m, l, kind);
     const long I = t->cols, O = t->rows;
     stat_gpu(m, stat_row(m, l, kind), t->name, 0, value, N * I, t->precision.input);
-    stat_gpu(m, stat_row(m, l, kind), t->name, 1, param_gpu(m, l, kind), O * I, t->precision.weight);
+    if (m->stats_on)
+        stat_gpu(m, stat_row(m, l, kind), t->name, 1, whole_gpu(m, PARAMS, t), O * I, t->precision.weight);
     const Side x = side(gpu.is_fp8 ? (void*)gpu.x : (void*)value, I, 1, type_of(t->precision.input));
-    launch_linear_forward(y, gpu.type, x, side(weight_gpu<S>(m, l, kind), I, 1, type_of(t->precision.weight)),
+    launch_linear_forward(y, gpu.type, x, side(weight_gpu(m, l, kind), I, 1, type_of(t->precision.weight)),
                           gpu.is_fp8 ? padded(N) : N, I, O, t->alpha);
 }
 // dX = alpha dY W, dW += alpha dY^T X. dy and x: in the stream's format, where they are not FP8.
@@ -1578,7 +1828,7 @@ static void linear_backward_gpu(Model* m, int l, int kind, S* dx, const S* dy, c
     const long I = t->cols, O = t->rows, Np = gpu.is_fp8 ? padded(N) : N;
     stat_gpu(m, stat_row(m, l, kind), t->name, 2, dy, N * O, t->precision.gradient);
     Side dy_rows = side(dy, O, 1, gpu.type), dy_columns = side(dy, O, 0, gpu.type);
-    Side w = side(weight_gpu<S>(m, l, kind), I, 0, gpu.type), x_columns = side(x, I, 0, gpu.type);
+    Side w = side(weight_gpu(m, l, kind), I, 0, gpu.type), x_columns = side(x, I, 0, gpu.type);
     if (gpu.is_fp8) {  // k has to be contiguous: the transposed copies
         fp8* xt = gpu.xt[kind][slot(m, l)];
         const cudaDataType_t gradient = type_of(t->precision.gradient);
@@ -1597,7 +1847,7 @@ static void linear_backward_gpu(Model* m, int l, int kind, S* dx, const S* dy, c
 template <class S> static void norm_forward_gpu(Model* m, int l, Norm k, Dest<S> out, const S* x, S* sum,
                                                 const S* add, const S* skip, Residual r, long N) {
     launch_norm_forward<S>(out, floats_of(m, l, k.mean), floats_of(m, l, k.rstd), sum, x, add, skip,
-                           param_gpu(m, l, k.gain), param_gpu(m, l, k.bias), r.skip, r.branch, N,
+                           vector_gpu(m, l, k.gain), vector_gpu(m, l, k.bias), r.skip, r.branch, N,
                            m->c.width);
 }
 
@@ -1680,7 +1930,7 @@ template <class S> static void forward_gpu(Model* m, long B, long t0, long T) {
     const int post = m->scheme->norm_last;
     S* x0 = act<S>(m, 0, A_X0);
     launch_embedding_forward<S>(post ? input_of<S>(m, 0, QKV, x0, 1, N) : value_only(x0, C, N), gpu.batch,
-                                param_gpu(m, 0, WTE), param_gpu(m, 0, WPE) + t0 * C,
+                                (const S*)weight_gpu(m, 0, WTE), (const S*)weight_gpu(m, 0, WPE) + t0 * C,
                                 m->scheme->embedding_scale, N, T, C);
     trace_buffer(m, 0, A_X0, x0, 0, N * C);
     stat_gpu(m, 0, "x", 0, x0, N * C, m->precision->stream);
@@ -1696,7 +1946,7 @@ template <class S> static void forward_gpu(Model* m, long B, long t0, long T) {
 template <class S> static void logits_gpu(Model* m, long row, long n) {
     const long C = m->c.width;
     gemm("head forward", act<S>(m, 0, A_LOGITS), gpu.type, m->vp,
-         side(act<S>(m, 0, A_LNF) + row * C, C, 1, gpu.type), side(weight_gpu<S>(m, 0, HEAD), C, 1, gpu.type),
+         side(act<S>(m, 0, A_LNF) + row * C, C, 1, gpu.type), side(weight_gpu(m, 0, HEAD), C, 1, gpu.type),
          n, m->vp, C, tensor(m, 0, HEAD)->alpha, 0, 0);
 }
 // From the gradient at the logits: dW_head, and in D_BRANCH the gradient at the head's input.
@@ -1704,7 +1954,7 @@ template <class S> static void logits_backward_gpu(Model* m, long row, long n) {
     const long C = m->c.width;
     S *logits = act<S>(m, 0, A_LOGITS), *lnf = act<S>(m, 0, A_LNF);
     gemm("head dX", act<S>(m, 0, D_BRANCH) + row * C, gpu.type, C, side(logits, m->vp, 1, gpu.type),
-         side(weight_gpu<S>(m, 0, HEAD), C, 0, gpu.type), n, C, m->vp, 1.0f, 0, 0);
+         side(weight_gpu(m, 0, HEAD), C, 0, gpu.type), n, C, m->vp, 1.0f, 0, 0);
     gemm("head dW", grad_gpu(m, 0, HEAD), CUDA_R_32F, C, side(logits, m->vp, 0, gpu.type),
          side(lnf + row * C, C, 0, gpu.type), m->vp, C, n, 1.0f, 1, 0);
 }
@@ -1717,7 +1967,7 @@ template <class S> static void head_gpu(Model* m, long N, int want_gradient) {
     S *logits = act<S>(m, 0, A_LOGITS), *lnf = act<S>(m, 0, A_LNF);
     float* losses = floats_of(m, 0, A_LOSSES);
     stat_gpu(m, row_of_stats, "head", 0, lnf, N * C, f);
-    stat_gpu(m, row_of_stats, "head", 1, param_gpu(m, 0, HEAD), V * C, f);
+    if (m->stats_on) stat_gpu(m, row_of_stats, "head", 1, whole_gpu(m, PARAMS, tensor(m, 0, HEAD)), V * C, f);
     for (long row = 0; row < N; row += head_rows) {
         const long n = min_l(head_rows, N - row);
         logits_gpu<S>(m, row, n);
@@ -1741,7 +1991,7 @@ static void norm_backward_gpu(Model* m, int l, Norm k, Dest<S> out, S* sum, cons
                               const S* x, Residual r, int last, long N) {
     launch_norm_backward<S>(out, sum, grad_gpu(m, l, k.gain), grad_gpu(m, l, k.bias), gpu.partial, dout,
                             dskip, x, floats_of(m, l, k.mean), floats_of(m, l, k.rstd),
-                            param_gpu(m, l, k.gain), r.skip, r.branch, last, N, m->c.width);
+                            vector_gpu(m, l, k.gain), r.skip, r.branch, last, N, m->c.width);
 }
 
 // As in train_us.c, but where LayerNorm ends a branch the sum dx = skip dx + din of the branch above waits
@@ -1820,23 +2070,40 @@ template <class S> static void micro_gpu(Model* m) {  // one batch, from tokens 
     head_gpu<S>(m, m->rows, 1);
     backward_gpu<S>(m, m->c.batch, m->c.seq);
 }
-// A tensor takes its step, or only has its copies made.
-template <class S> static void update_tensor_gpu(const Model* m, const Tensor* t, int copies_only) {
-    const long o = t->offset;
+// A tensor's copies, where it is read from any.
+template <class S> static Dest<S> copies_of(const Model* m, const Tensor* t) {
     Dest<S> copy = {NULL, NULL, NULL, t->cols, t->rows, E4M3};
-    if (is_hidden(t) && gpu.w16) copy.out = (S*)gpu.w16 + o;
-    if (is_hidden(t) && gpu.is_fp8) copy.q = gpu.w + o, copy.qt = gpu.wt ? gpu.wt + o : NULL;
-    if (t->use == LOGITS) copy.out = (S*)gpu.head;
-    if (!copies_only)
-        launch_update<S>(copy, gpu.params + o, gpu.m + o, gpu.v ? gpu.v + o : NULL, gpu.grads + o,
-                         gpu.rates + (t - m->tensors), gpu.result, t->rows, t->cols);
-    else if (copy.out || copy.q)
-        launch_update<S>(copy, gpu.params + o, NULL, NULL, NULL, NULL, NULL, t->rows, t->cols);
+    if (copy_bytes(part_of(t)) == 1) {
+        copy.q = (fp8*)copy_gpu(m, t);
+        if (gpu.wt) copy.qt = gpu.wt + t->offset;
+    } else if (copy_gpu(m, t) != gpu.params + t->offset) copy.out = (S*)copy_gpu(m, t);
+    return copy;
+}
+template <class S> static void make_copies(const Model* m, const Tensor* t, float* w) {
+    const Dest<S> copy = copies_of<S>(m, t);
+    if (copy.out || copy.q) launch_update<S>(copy, w, NULL, NULL, NULL, NULL, NULL, t->rows, t->cols);
+}
+// A tensor's step, or of several ranks that of our piece of it.
+template <class S> static void update_tensor_gpu(const Model* m, const Tensor* t) {
+    const Rates* r = gpu.rates + (t - m->tensors);
+    const Piece p = piece_of(m, t, rank);
+    const Dest<S> copy = copies_of<S>(m, t);
+    const long skipped = p.first - t->offset;
+    float *w = gpu.params + p.at, *first = gpu.m + p.at, *second = gpu.v ? gpu.v + p.at : NULL;
+    if (!sharded(m))
+        launch_update<S>(copy, w, first, second, gpu.grads + p.first, r, gpu.result, t->rows, t->cols);
+    else if (p.n > 0)
+        launch_update_piece<S>(copy.out ? copy.out + skipped : NULL, copy.q ? copy.q + skipped : NULL, w,
+                               first, second, gpu.grads + p.first, r, gpu.result, p.n);
 }
 template <class S>
 static void finish_gpu(Model* m) {  // norm, is all finite, update, and the result to the host
+    if (sharded(m)) scatter_gradients(m);
     launch_gradient_norm(gpu.result, gpu.sums, gpu.grads, gpu.chunks, gpu.num_chunks);
-    for (int i = 0; i < m->num_tensors; i++) update_tensor_gpu<S>(m, &m->tensors[i], 0);
+    if (sharded(m)) share_result();
+    for (const Tensor* t = m->tensors; t < m->tensors + m->num_tensors; t++)
+        part_of(t) == VECTORS ? update_tensor_gpu<float>(m, t) : update_tensor_gpu<S>(m, t);
+    if (sharded(m)) gather_copies(m);
     CUDA(cudaMemcpyAsync(gpu.host_result, gpu.result, sizeof(Result), cudaMemcpyDeviceToHost, stream));
 }
 
@@ -1883,9 +2150,10 @@ template <class S> static void finish_step(Model* m, double lr) {
     run_graph<S>(&gpu.finish, &gpu.finish_runs, finish_gpu<S>, m);
 }
 static StepResult step_result(Model* m) {
+    while (sharded(m) && cudaStreamQuery(stream) == cudaErrorNotReady) communicator_check(), usleep(50);
     CUDA(cudaStreamSynchronize(stream));
     const Result* r = gpu.host_result;
-    const StepResult result = {r->loss / m->c.accum, sqrt(r->norm2) / m->grad_scale,
+    const StepResult result = {r->loss / (m->c.accum * ranks), sqrt(r->norm2) / m->grad_scale,
                                r->bad < 0 ? NULL : &m->tensors[r->bad]};
     if (!r->stop) m->step++;
     return result;
@@ -1930,6 +2198,7 @@ static double flops_per_token(const Model* m) {
 
 static void gpu_open(Model* m) {
     const int sm = open_card(&gpu.card, "./train_us runs on the CPU");
+    if (sharded(m) && *m->c.dump) die("--dump looks at one GPU: run it without mpirun");
     if (sm < 80) die("%s has compute capability %d.%d; 8.0 is needed", gpu.card.name, sm / 10, sm % 10);
     if (m->c.width % 16) die("--width %d: on a GPU it has to be a multiple of 16", m->c.width);
     if (m->c.width / m->c.heads > ATTENTION_MAX_D)
@@ -1945,6 +2214,7 @@ static void gpu_open(Model* m) {
     LT(cublasLtCreate(&lt.handle));
     model_alloc_batch(m);
 
+    if (sharded(m)) communicator_open();  // before memory is counted: NCCL takes its own
     const double usable = usable_bytes(), wanted = plan(m, 0);
     if (wanted > usable) {
         const int kept_all = largest_batch(m, usable, 0), recomputed = largest_batch(m, usable, 1);
@@ -1960,9 +2230,11 @@ static void gpu_open(Model* m) {
         gpu.ceiling = measure_product(CUDA_R_16BF, 8192);
     CUDA(cudaFree(lt.workspace));
     plan(m, 1);
+    const size_t held = sizeof(float) * (size_t)m->num_params / (size_t)(sharded(m) ? ranks : 1);
     float* const lasting[] = {gpu.params, gpu.m, gpu.v};  // the gaps between tensors too
-    for (int i = 0; i < 3; i++)
-        if (lasting[i]) CUDA(cudaMemsetAsync(lasting[i], 0, sizeof(float) * (size_t)m->num_params, stream));
+    for (int i = 0; i < 3; i++) if (lasting[i]) CUDA(cudaMemsetAsync(lasting[i], 0, held, stream));
+    for (int k = 0; k < PARTS; k++)
+        if (!gpu.copy[k]) gpu.copy[k] = gpu.params + part_begin(m, k);
     for (int i = 0; i < 2; i++)
         CUDA(cudaMallocHost(&gpu.staged[i], sizeof(int) * (size_t)(ints_of_batch(m) * m->c.accum)));
     CUDA(cudaMallocHost(&gpu.host_stat, sizeof(StatSums) * STAT_PARTS));
@@ -1990,7 +2262,7 @@ static void gpu_describe(const Model* m) {
     static const char* const parts[] = {"weights", "optimizer", "gradients", "activations", "work space"};
     double total = 0;
     plan(m, 0);
-    printf("GPU memory:");
+    printf("GPU memory%s:", sharded(m) ? " of each rank" : "");
     for (int i = 0; i <= WORK; total += gpu.bytes[i++]) printf(" %.0f MB %s,", gpu.bytes[i] * 1e-6, parts[i]);
     printf(" %.0f MB in all\n%s, compute capability %d.%d, %.0f GB", total * 1e-6, gpu.card.name,
            gpu.card.major, gpu.card.minor, (double)gpu.card.totalGlobalMem * 1e-9);
@@ -1998,6 +2270,15 @@ static void gpu_describe(const Model* m) {
     if (gpu.is_fp8 && !gpu.native)
         printf("; no FP8 tensor cores: FP8-rounded operands are multiplied in BF16");
     printf("\n");
+    if (!sharded(m)) return;
+    const double vectors = 4.0 * (double)(m->part_end[VECTORS] - m->part_end[TABLES]);
+    const double as_bf16 = 2.0 * (double)m->part_end[TABLES] + vectors;
+    const double moved[] = {4.0 * (double)m->num_params, as_bf16, as_bf16 - (double)m->part_end[MATRICES]};
+    const int p = m->c.precision;
+    printf("%d ranks, a GPU each; a step moves %.1f MB of gradients, and %.1f MB of weights in %s (in %s it "
+           "would be %.1f)\nto stop and save: pkill -USR1 mpirun (after a Ctrl-C it kills its ranks within "
+           "seconds)\n", ranks, moved[0] * 1e-6, moved[p] * 1e-6, PRECISIONS[p].name,
+           PRECISIONS[p < 2 ? 2 : 1].name, moved[p < 2 ? 2 : 1] * 1e-6);
 }
 static StepResult gpu_step(Model* m, const Split* train, double lr) {
     return is_fp32(m) ? step_gpu<float>(m, train, lr) : step_gpu<bf16>(m, train, lr);
@@ -2048,6 +2329,14 @@ static const float* gpu_next(Model* m, long t0, long length) {
     is_fp32(m) ? next_gpu<float>(m, t0, length, logits) : next_gpu<bf16>(m, t0, length, logits);
     return logits;
 }
+static const float* gpu_get(Model* m, Lasting what, const Tensor* t) {
+    const long n = t->rows * t->cols;
+    float* to = scratch(SCRATCH_TENSOR, n);
+    CUDA(cudaMemcpyAsync(to, whole_gpu(m, what, t), sizeof(float) * (size_t)n, cudaMemcpyDeviceToHost,
+                         stream));
+    CUDA(cudaStreamSynchronize(stream));
+    return to;
+}
 static void gpu_fetch(Model* m) {
     if (gpu.step_end) {  // a step under way, while reading the next one's batches failed: it is taken
         const long step = m->step, end = gpu.step_end;
@@ -2055,38 +2344,41 @@ static void gpu_fetch(Model* m) {
         if (m->step > step) m->sequence = end;
     }
     float* const to[] = {m->params, m->m, m->v};
-    const float* const from[] = {gpu.params, gpu.m, gpu.v};
     for (int i = 0; i < 3; i++)
-        if (to[i])
-            CUDA(cudaMemcpy(to[i], from[i], sizeof(float) * (size_t)m->num_params, cudaMemcpyDeviceToHost));
-}
-static float* gpu_lasting(Lasting what, const Tensor* t) {
-    return (what == PARAMS ? gpu.params : what == FIRST_MOMENT ? gpu.m : gpu.v) + t->offset;
-}
-static const float* gpu_get(Model* m, Lasting what, const Tensor* t) {
-    const long n = t->rows * t->cols;
-    float* to = scratch(SCRATCH_TENSOR, n);
-    (void)m;
-    CUDA(cudaMemcpyAsync(to, gpu_lasting(what, t), sizeof(float) * (size_t)n, cudaMemcpyDeviceToHost,
-                         stream));
-    CUDA(cudaStreamSynchronize(stream));
-    return to;
+        for (int k = 0; k < m->num_tensors && to[i]; k++) {
+            const Tensor* t = &m->tensors[k];
+            memcpy(to[i] + t->offset, gpu_get(m, (Lasting)i, t), sizeof(float) * (size_t)(t->rows * t->cols));
+        }
 }
 static void gpu_put(Model* m, Lasting what, const Tensor* t, const void* values) {
-    CUDA(cudaMemcpyAsync(gpu_lasting(what, t), values, sizeof(float) * (size_t)(t->rows * t->cols),
-                         cudaMemcpyHostToDevice, stream));
-    if (what == PARAMS) is_fp32(m) ? update_tensor_gpu<float>(m, t, 1) : update_tensor_gpu<bf16>(m, t, 1);
+    const Piece p = piece_of(m, t, rank);
+    float* const share = gpu_lasting(what) + p.at;
+    float* const w = sharded(m) ? gpu.whole : share;
+    CUDA(cudaMemcpyAsync(w, values, sizeof(float) * (size_t)(t->rows * t->cols), cudaMemcpyHostToDevice,
+                         stream));
+    if (sharded(m) && p.n > 0)
+        CUDA(cudaMemcpyAsync(share, w + (p.first - t->offset), sizeof(float) * (size_t)p.n,
+                             cudaMemcpyDeviceToDevice, stream));
+    if (what == PARAMS)
+        part_of(t) == VECTORS || is_fp32(m) ? make_copies<float>(m, t, w) : make_copies<bf16>(m, t, w);
     CUDA(cudaStreamSynchronize(stream));  // values may change from here on
 }
 static const char* gpu_utilisation(const Model* m, double rate) {
-    return gpu.ceiling > 0 ? form(" | %.0f %% of BF16", 100 * rate * flops_per_token(m) / gpu.ceiling) : "";
+    const double all = gpu.ceiling * ranks;
+    return all > 0 ? form(" | %.0f %% of BF16", 100 * rate * flops_per_token(m) / all) : "";
 }
 __attribute__((unused)) static const Device GPU = {
     "GPU", 0, gpu_open, gpu_close, gpu_describe, gpu_step, gpu_losses, gpu_trace, gpu_next, gpu_fetch,
-    gpu_get, gpu_put, gpu_utilisation};
+    gpu_get, gpu_put, gpu_utilisation, gpu_sum};
 
 #endif  // US_KERNELS_ONLY
 
 #ifdef US_CUDA_MAIN
-int main(int argc, char** argv) { return run(argc, argv, &GPU); }
+int main(int argc, char** argv) {
+    wait_briefly(argv);  // which begins again: before MPI does
+    ranks_open();
+    const int status = run(argc, argv, &GPU);
+    ranks_close();
+    return status;
+}
 #endif

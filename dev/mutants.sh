@@ -4,17 +4,21 @@
 #   make mutants            all of them         dev/mutants.sh WORD   those whose name contains WORD
 # A line below is: name | sed command that breaks it; those named gpu break train_us.cu, those named lab a file of
 # dev/cuda, and run on the emulator, with both orders of threads ("gpu, short sums": with FP8 sums of 13 bits, to which
-# the tests' bounds adapt); those named amx are built with the model of Intel's matrix unit. Mutants are built without OpenMP, JOBS (2) at a time. EVERY=n OFFSET=k takes each n-th line
-# only, and the GPU's first seven.
+# the tests' bounds adapt); those named amx are built with the model of Intel's matrix unit; those named ranks run on three emulated GPUs, with
+# MPI ("ranks in C" break train_us.c). Mutants are built without OpenMP, JOBS (2) at a time. EVERY=n OFFSET=k takes each
+# n-th line only, and the GPU's first seven.
 cd "$(dirname "$0")/.." || exit 1
 CC=${CC:-cc} CXX=${CXX:-g++} JOBS=${JOBS:-2}
 TESTS=${TESTS:-formats random matmul activ large gradients model_gradient table umup mup_is_sp data text oracle accum generate window held dump printing archive validation ending served hellaswag lost checkpoints}
 GPU_TESTS=${GPU_TESTS:-large step_by_step same_bits next kept_rows not_finite overlay}
+MPI_FLAGS=$(mpicc -show 2>/dev/null | tr ' ' '\n' | grep '^-[ILl]')
+export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 dir=$(mktemp -d) || exit 1
 trap 'rm -rf "$dir"' EXIT
 here=$PWD
 
 build() { # in the mutant's directory
+    # shellcheck disable=SC2086
     case $1 in
     gpu*) sed -E -f "$here/dev/emu/cuda.sed" train_us.cu >cuda.cpp &&
           $CXX -std=gnu++17 -O1 -march=native -w -I"$here/dev/emu" -I. '-DUS_SOURCE="cuda.cpp"' -x c++ test_us.c \
@@ -23,6 +27,9 @@ build() { # in the mutant's directory
               sed -E -f "$here/dev/emu/cuda.sed" "$f" >"${f##*/}"; done &&
           $CXX -std=gnu++17 -O1 -march=native -w -I"$here/dev/emu" -I. '-DUS_SOURCE="cuda.cpp"' -DUS_KERNELS_ONLY -x c++ \
               "${file##*/}" -x none "$dir/emu.o" -fopenmp -o test_us ;;
+    ranks*) sed -E -f "$here/dev/emu/cuda.sed" train_us.cu >cuda.cpp &&
+          $CXX -std=gnu++17 -O1 -march=native -w -I"$here/dev/emu" -I. '-DUS_SOURCE="cuda.cpp"' -DUS_MPI -x c++ test_us.c \
+              -x none "$dir/emu.o" -fopenmp -o test_us $MPI_FLAGS ;;
     amx*) $CC -std=gnu11 -O1 -w -include "$here/dev/cpu/amx_model.h" test_us.c -o test_us -lm ;;
     *) $CC -std=gnu11 -O1 -w test_us.c -o test_us -lm ;;
     esac
@@ -32,6 +39,7 @@ run() {
     case $1 in
     gpu,*) EMU_FP8_SUMS=12,0 OMP_NUM_THREADS=1 timeout 240 ./test_us -x step_by_step ;;
     gpu*) OMP_NUM_THREADS=1 timeout 120 ./test_us -x $GPU_TESTS && EMU_SEED=1 OMP_NUM_THREADS=1 timeout 120 ./test_us -x $GPU_TESTS ;;
+    ranks*) OMP_NUM_THREADS=1 EMU_NCCL_SECONDS=20 timeout -k 5 240 mpirun --oversubscribe -np 3 ./test_us -x ranks_agree ranks_follow ;;
     lab*) OMP_NUM_THREADS=1 timeout 120 ./test_us check && EMU_SEED=1 OMP_NUM_THREADS=1 timeout 120 ./test_us check ;;
     *) timeout 120 ./test_us -x $TESTS ;;
     esac
@@ -40,6 +48,8 @@ mutant() { # name, sed command (none: the trainer as it is, which must survive)
     file=train_us.c
     case $1 in
     gpu*) file=train_us.cu ;;
+    ranks_in_C*) ;;
+    ranks*) file=train_us.cu ;;
     lab*) file=dev/cuda/${1#lab_} file=${file%%:*}.cu ;;
     esac
     mkdir -p "$dir/$1/dev/cuda"
@@ -119,7 +129,7 @@ scheme: the activation's inner factor is missing in backward | s/(out \* in \* s
 scheme: what does not learn is in the norm | s/t->lr_factor == 0 ? 0 : later/later/
 block: the mlp reads what attention read | s/UP, A_UP, post ? b.mid/UP, A_UP, post ? before/
 backward: the stream's gradient without sqrt(1-tau) | s/skip2 = {sum2.skip, 1}/skip2 = {1, 1}/
-backward: S without the accumulated batches | s/(double)m->rows \* c->accum \* pow/(double)m->rows * pow/
+backward: S without the accumulated batches | s/(double)m->rows \* c->accum \* ranks/(double)m->rows * ranks/
 accumulation: each batch starts the gradient anew | s/        r.loss += model_loss/        memset(m->grads, 0, sizeof(float) * (size_t)m->num_params), r.loss += model_loss/
 accumulation: losses are added, not averaged | s/model_loss(m, 1) \/ m->c.accum/model_loss(m, 1)/
 dump: parameters for gradients | s/"grad.", m->grads/"grad.", m->params/
@@ -145,7 +155,7 @@ validation: the last batch counts as a whole one | s/for (long n = 0; n < part.r
 validation: windows are counted from the end | s/(double)(val->count - T - 1) \* place/(double)(val->count - T - 1) * (1 - place)/
 saves: nothing is saved after an error | s/^    if (last_words) last_words();//
 saves: a second signal at once is fatal | s/ \&\& seconds() - stopped_at > 1)/)/
-saves: a dropped terminal is fatal | s/{SIGINT, SIGTERM, SIGHUP, SIGPIPE}/{SIGINT, SIGTERM, SIGPIPE, SIGPIPE}/
+saves: a dropped terminal is fatal | s/SIGHUP, SIGPIPE, SIGUSR1}/SIGPIPE, SIGPIPE, SIGUSR1}/
 saves: a copy does not give way | s/|| rename(new_one, to)/|| link(new_one, to)/
 resume: other data is accepted | s/checkpoint_number(&checkpoint, "data", 0x1p53) != (long)c.data/0/
 print: control characters of two bytes pass | s/length == 2 \&\& code >= 0xA0/length == 2 \&\& code >= 0x80/
@@ -190,10 +200,10 @@ gpu: gain and bias gradients swapped | s/bias ? d\[i\] : d\[i\] \* v\[i\]/bias ?
 gpu: half a row's sum | s/return x + __shfl_xor_sync(~0u, x, 2);/return x;/
 gpu: the largest logit is not subtracted | s/most = fmaxf(most, x\[i\]);/most = 0;/
 gpu: padded logits have gradients | s/if (v + P > V)/if (0)/
-gpu: a step that is not finite is taken | s/if (update \&\& result->stop) return;//
+gpu: a step that is not finite is taken | s/if (rates \&\& result->stop) return;//
 gpu: a block is not entered again | s/^            enter_block<S>(m, l, N);//
-gpu: weights are not cast after the step | s/^    if (!copies_only)$/    if (!copies_only) copy.out = NULL, copy.q = copy.qt = NULL;\n&/
-gpu: weights are not cast at the start | s/if (what == PARAMS) is_fp32/if (0) is_fp32/
+gpu: weights are not cast after the step | s/launch_update<S>(copy, w, first/launch_update<S>(Dest<S>(), w, first/
+gpu: weights are not cast at the start | s/if (what == PARAMS)$/if (0)/
 gpu: moments begin as they lie there | s/{gpu.params, gpu.m, gpu.v};  \/\/ the gaps/{gpu.params, NULL, NULL};  \/\/ the gaps/
 gpu: gaps between tensors are not cleared | s/{gpu.params, gpu.m, gpu.v};  \/\/ the gaps/{NULL, gpu.m, gpu.v};  \/\/ the gaps/
 gpu: rows of an FP8 product are not padded | s/gpu.is_fp8 ? padded(N) : N, I, O,/N, I, O,/
@@ -207,7 +217,7 @@ gpu: the activation's inner factor is missing | s/activate(a \* v\[i\], kind)/ac
 gpu: one tensor's rates for all | s/gpu.rates + (t - m->tensors)/gpu.rates/
 gpu: attention sees the next token | s/rows_are_keys ? ahead < 0 : ahead > 0/rows_are_keys ? ahead < -1 : ahead > 1/
 gpu next: the tile's first rows are left out | s/t0 \/ ROWS \* ROWS;  \/\/ with/t0;  \/\/ with/
-gpu next: positions begin with the tile | s/param_gpu(m, 0, WPE) + t0 \* C,/param_gpu(m, 0, WPE),/
+gpu next: positions begin with the tile | s/weight_gpu(m, 0, WPE) + t0 \* C,/weight_gpu(m, 0, WPE),/
 gpu next: keys and values are put at the window's begin | s/b.qkv + t0 \* 3 \* C, post/b.qkv, post/
 lab gelu: codes of values that are not BF16 | s/fp8x2(round_s<bf16>(y)/fp8x2((y)/
 lab gelu: one value of sixteen is not rounded | s/for (int k = 0; k < 16; k++)$/for (int k = 1; k < 16; k++)/
@@ -232,9 +242,32 @@ lab attention_forward: a row of V is swapped with its neighbour | s/b\[0\] | (ui
 lab attention_backward: dS is used before all of it is there | s/^    __syncthreads();  \/\/ all keys are there.*//
 lab attention_backward: dK of a pair of tiles from one | s/ds\[f\]\[n\]\[i\] = p\[f\]\[n\]\[i\]/ds[f][n][i] = p[0][n][i]/
 lab global_norm: a tensor too few | s/i < tensors; i++) {/i < tensors - 1; i++) {/
+ranks: one skips its share | s/else if (p.n > 0)$/else if (p.n > 0 \&\& rank != 1)/
+ranks: codes are not gathered | s/^        all_gather(gpu.copy/        if (k) all_gather(gpu.copy/
+ranks: vectors are not gathered | s/^        all_gather(gpu.copy/        if (k != VECTORS) all_gather(gpu.copy/
+ranks: the gradient is divided by their number | s/ncclSum, communicator/ncclAvg, communicator/
+ranks: some codes are not transposed | s/if (is_hidden(t)) launch_transpose/if (t->use == BEGINS) launch_transpose/
+ranks: the norm is that of one share | s/sum.norm2 += all\[i\].norm2/sum.norm2 = all[i].norm2/
+ranks: the loss is that of one | s/sum.loss += all\[i\].loss/sum.loss = n * all[i].loss/
+ranks: what is not finite is our own only | s/sum.stop |= all\[i\].stop/sum.stop = r->stop/
+ranks: the first to be bad is not the first | s/sum.bad = min(sum.bad, all\[i\].bad)/sum.bad = all[i].bad/
+ranks: a share's last values stay | s/begin + share);$/begin + share - 256);/
+ranks: a share begins in the first one's memory | s/{first, before + first - begin,/{first, first - begin,/
+ranks: what is put in is its beginning | s/(share, w + (p.first - t->offset),/(share, w,/
+ranks: all ask the first for the whole | s/gpu_lasting(what) + p.at, p.n, r)/gpu_lasting(what) + p.at, p.n, 0)/
+ranks: statistics are of a share | s/return gpu.whole;/return gpu_lasting(what);/
+ranks: embeddings are not summed | s/k < PARTS; k++) reduce_scatter/k < PARTS; k += 2) reduce_scatter/
+ranks: codes are not those of BF16 | s/wt\[k\] = round_s<S>(wt\[k\])/wt[k] = wt[k]/
+ranks in C: N is that of one | s/c->accum \* ranks \* pow/c->accum * pow/
+ranks in C: all have the same sequences | s/m->sequence + rank \* B/m->sequence/
+ranks in C: one's sequences are counted | s/m->sequence += ranks \* B/m->sequence += B/
+ranks in C: validation is of the first one's windows | s/device->sum(stopping(m) ? NAN : sum)/(stopping(m) ? NAN : sum)/
+ranks in C: each validates on all windows | s/long i = rank \* (long)m->c.batch/long i = 0/
+ranks in C: a signal to one is not one to all | s/if (told \&\& !stop_signal) stop_signal = told;//
 MUTANTS
+[ -n "$MPI_FLAGS" ] || { grep -v '^ranks' "$dir/list" >"$dir/without" && mv "$dir/without" "$dir/list"; echo "no mpicc: without ranks"; }
 cp out/emu.o "$dir/" || { echo "make out/emu.o first (make mutants does)"; exit 1; }
-for name in unbroken gpu_unbroken lab_gelu:_unbroken; do
+for name in unbroken gpu_unbroken lab_gelu:_unbroken ${MPI_FLAGS:+ranks_unbroken}; do
     case $(mutant $name "") in SURVIVED*) ;; *)
         echo "the unbroken trainer fails its tests:"; cat "$dir/$name/build.txt"; grep -E 'FAILED|emu:' "$dir/$name/log.txt"
         echo "0 passed, 1 failed"; exit 1 ;;

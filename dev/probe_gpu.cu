@@ -93,8 +93,9 @@ static void ask_model(const BenchModel* b, int mode, int vocab, void* memory) {
     model_layout(&m, &c);
     m.training = 1;
     gpu.is_fp8 = m.precision->weight == E4M3, gpu.type = CUDA_R_16BF;
-    gpu.x = gpu.dy = gpu.dyt = gpu.w = gpu.wt = (fp8*)memory;
-    gpu.params = gpu.grads = (float*)memory, gpu.head = gpu.w16 = memory;
+    gpu.x = gpu.dy = gpu.dyt = gpu.wt = (fp8*)memory;
+    gpu.params = gpu.grads = (float*)memory;
+    for (int k = 0; k < PARTS; k++) gpu.copy[k] = memory;
     for (int k = 0; k < BUFFERS; k++) gpu.act[k][0] = memory;
     for (int k = 0; k < LINEARS; k++) gpu.xt[k][0] = (fp8*)memory;
     bf16* x = (bf16*)memory;

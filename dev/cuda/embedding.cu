@@ -1,13 +1,12 @@
 /*
 embedding.cu: tokens become the stream, and the stream's gradient goes back to the tables.
 
-  forward    x = s (wte[token] + wpe[position])        tokens (N); wte (V,C), wpe (T,C) FP32; x (N,C) BF16,
-             and its E4M3 codes, (N,C) and (C,Np); rows of the tables are rounded to BF16 as they are read; s
-             = 1/sqrt(2)
+  forward    x = s (wte[token] + wpe[position])        tokens (N); wte (V,C), wpe (T,C), x (N,C) BF16, and
+             its E4M3 codes, (N,C) and (C,Np); s = 1/sqrt(2)
   backward   dwte[token] += s dx,  dwpe[position] += s dx                          dx (N,C) BF16; dwte, dwpe
              FP32
 
-The floor. Forward reads a row of C floats for each token that occurs, once if it stays in the cache, and
+The floor. Forward reads a row of C values for each token that occurs, once if it stays in the cache, and
 writes 4 bytes a value. Backward reads dx once and reads and writes the rows of the tokens that occur. Here
 tokens are distributed as words are (Zipf: the k-th most frequent has a share of 1 / (k ln V)), so one token
 is a fifteenth of the text: many rows of dx go to one row of dwte, and backward is about in which order they
@@ -20,16 +19,16 @@ static const float S = 0.70710678f;
 static Array *tokens, *order, *starts, *wte, *wpe, *x, *codes, *codes_t, *dx, *dwte, *dwpe;
 
 // ---- Forward 1. A thread a value; cast and transposition apart --------------------------------------------
-static __global__ void forward_value(bf16* x, const int* tokens, const float* wte, const float* wpe, long N,
+static __global__ void forward_value(bf16* x, const int* tokens, const bf16* wte, const bf16* wpe, long N,
                                      long T, long C) {
     const long i = (long)blockIdx.x * blockDim.x + threadIdx.x, n = i / C, c = i % C;
     if (n >= N) return;
-    const float e = round_s<bf16>(wte[tokens[n] * C + c]), p = round_s<bf16>(wpe[n % T * C + c]);
+    const float e = (float)wte[tokens[n] * C + c], p = (float)wpe[n % T * C + c];
     x[i] = (bf16)((e + p) * S);
 }
 static void forward1(void) {
     forward_value<<<blocks(N * C, THREADS), THREADS, 0, stream>>>(
-        at<bf16>(x), at<int>(tokens), at<float>(wte), at<float>(wpe), N, T, C);
+        at<bf16>(x), at<int>(tokens), at<bf16>(wte), at<bf16>(wpe), N, T, C);
     launched("embedding");
     launch_cast_value(at<fp8>(codes), at<bf16>(x), E4M3, N * C);
     launch_transpose_value(at<fp8>(codes_t), at<fp8>(codes), N, C);
@@ -37,7 +36,7 @@ static void forward1(void) {
 
 // ---- Forward 2. Sixteen values a thread, and their codes --------------------------------------------------
 // One division for 16 values, loads and stores of 16 bytes; the stream is not read again for the cast.
-static __global__ void forward_codes(bf16* x, fp8* q, const int* tokens, const float* wte, const float* wpe,
+static __global__ void forward_codes(bf16* x, fp8* q, const int* tokens, const bf16* wte, const bf16* wpe,
                                      long N, long T, long C) {
     const long i = ((long)blockIdx.x * blockDim.x + threadIdx.x) * 16, n = i / C, c = i % C;
     float e[16], p[16];
@@ -45,21 +44,21 @@ static __global__ void forward_codes(bf16* x, fp8* q, const int* tokens, const f
     load16(e, wte + tokens[n] * C + c);
     load16(p, wpe + n % T * C + c);
     #pragma unroll
-    for (int k = 0; k < 16; k++) e[k] = round_s<bf16>((round_s<bf16>(e[k]) + round_s<bf16>(p[k])) * S);
+    for (int k = 0; k < 16; k++) e[k] = round_s<bf16>((e[k] + p[k]) * S);
     store16(x + i, e);
     store_fp8(q + i, e, E4M3);
 }
 static void forward2(void) {
     forward_codes<<<blocks(N * C, 16 * THREADS), THREADS, 0, stream>>>(
-        at<bf16>(x), at<fp8>(codes), at<int>(tokens), at<float>(wte), at<float>(wpe), N, T, C);
+        at<bf16>(x), at<fp8>(codes), at<int>(tokens), at<bf16>(wte), at<bf16>(wpe), N, T, C);
     launched("embedding");
     launch_transpose_tile(at<fp8>(codes_t), at<fp8>(codes), N, C);
 }
 
 // ---- Forward 3. train_us.cu's: both layouts from the tile -------------------------------------------------
 static void forward3(void) {
-    launch_embedding_forward<bf16>(dest(x, codes, codes_t, N, C, E4M3), at<int>(tokens), at<float>(wte),
-                                   at<float>(wpe), S, N, T, C);
+    launch_embedding_forward<bf16>(dest(x, codes, codes_t, N, C, E4M3), at<int>(tokens), at<bf16>(wte),
+                                   at<bf16>(wpe), S, N, T, C);
 }
 
 // ---- Backward 1. Atomic sums ------------------------------------------------------------------------------
@@ -178,12 +177,12 @@ static double rows_that_occur(const int* t) {
 }
 static void open_forward(const long* shape) {
     const int* t = open_tokens(shape);
-    wte = input("wte", FP32, V * C, 1.0f);
-    wpe = input("wpe", FP32, T * C, 1.0f);
+    wte = input("wte", BF16, V * C, 1.0f);
+    wpe = input("wpe", BF16, T * C, 1.0f);
     x = output("x", BF16, N * C, 0, 0);  // a sum and a product: every bit is the same
     embedding_forward(x->want, t, wte->value, wpe->value, S, N / T, 0, T, C, BF16);
     output_codes(&codes, &codes_t, x->want, N, C, E4M3, 0);
-    floor_bytes = 4.0 * (double)(N + T * C + N * C) + 4.0 * rows_that_occur(t) * (double)C;
+    floor_bytes = 4.0 * (double)(N + N * C) + 2.0 * (rows_that_occur(t) + (double)T) * (double)C;
 }
 static void open_backward(const long* shape) {
     const int* t = open_tokens(shape);

@@ -102,9 +102,8 @@ static void open_case(const long* shape) {
     model_layout(&model, &c);
     g = input("gradients", FP32, model.num_params, 1.0f);
     for (int i = 0; i < model.num_tensors; i++) {
-        const Tensor* t = &model.tensors[i];
-        const long end = i + 1 < model.num_tensors ? t[1].offset : model.num_params;
-        for (long k = t->offset + t->rows * t->cols; k < end; k++) g->value[k] = 0;  // gaps, as in training
+        const long end = model.tensors[i].offset + model.tensors[i].rows * model.tensors[i].cols;
+        for (long k = end; k % 256; k++) g->value[k] = 0;  // gaps, as in training
     }
     if (planted >= 0) {
         const Tensor* t = &model.tensors[planted];
