@@ -12,6 +12,7 @@ import random
 import re
 import signal
 import struct
+import subprocess
 import sys
 import time
 
@@ -28,10 +29,17 @@ PUBLISHED = {"124M": [("OpenAI's GPT-2", 3.424958, 0.294463), ("llm.c, 10.3 B to
              "774M": [("OpenAI's GPT-2", 3.000580, 0.431986)], "1558M": [("OpenAI's GPT-2", 2.831273, 0.488946)]}
 
 
-def watch(log, tokens, timed, gpus, price, stop):
+def watch(log, tokens, timed, gpus, price, stop, shell, launcher):
     """Passes a trainer's lines on, all to the log and some to the screen. At step `timed` of this process it says when
-    the end will be; after `stop` of them it leaves: the trainer, which writes to nobody then, saves and ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # after a Ctrl-C the trainer's last lines are still to come
+    the end will be; after `stop` of them it leaves: the trainer, which writes to nobody then, saves and ends.
+    (mpirun would not survive that, nor let its ranks save after a Ctrl-C: it is a child of `shell`, and hands USR1 on.)
+    """
+
+    def let_save(*_):
+        subprocess.run(["pkill", "-USR1", "-P", shell, os.path.basename(launcher)])
+
+    # After a Ctrl-C the trainer's last lines are still to come.
+    signal.signal(signal.SIGINT, let_save if launcher else signal.SIG_IGN)
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(encoding="utf-8", errors="replace")  # no sample of text may end the run
     timed, gpus, price, ms = int(timed), int(gpus), float(price), []
@@ -50,8 +58,10 @@ def watch(log, tokens, timed, gpus, price, stop):
                 cost = f"{hours * gpus:.3g} GPU hours" + f", ${hours * gpus * price:.2f}" * (price > 0)
                 print(f"{1e3 * int(tokens) / each:,.0f} tokens/s: the {left} steps left take {hours:.3g} hours, until "
                       f"{end}: {cost}; validation comes on top", flush=True)
-            if step and len(ms) == int(stop):
+            if step and len(ms) == int(stop) and gpus == 1:
                 return
+            if step and len(ms) == int(stop):
+                let_save()
 
 
 def sweep(folder):

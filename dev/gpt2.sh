@@ -3,9 +3,10 @@
 #
 #     dev/gpt2.sh tune [SIZE]     finds the learning rate at width 256, with the layers of SIZE (124M)
 #     dev/gpt2.sh SIZE [GPUS]     124M, 350M, 774M or 1558M at that rate; the same line again goes on
-#     dev/gpt2.sh rehearse        all of it in miniature, without GPU or network, to see that it works
+#     dev/gpt2.sh rehearse [GPUS] all of it in miniature, without GPU or network, to see that it works
 #
-# RATE=X trains without tuning. US=./train_us_cuda is the trainer (./train_us: the CPU's). DATA='GLOB' names
+# LAUNCH='mpirun -np GPUS' is how several are started; they tune on one. RATE=X trains without tuning.
+# US=./train_us_cuda is the trainer (./train_us: the CPU's). DATA='GLOB' names
 # other shards to train on; validation shards are called alike, with val for train. HELLASWAG=FILE: other
 # questions. PRICE=X: dollars of a GPU hour. PYTHON=python3. OUT=out/gpt2: there each run gets a folder.
 set -u -o pipefail
@@ -30,8 +31,8 @@ say() { printf '%s\n' "$*"; }
 die() { say "gpt2.sh: $*" >&2; exit 1; }
 check() { "$@" && [ -z "$stopped" ] || exit 1; } # a command that says itself what is wrong
 gpt2() { "$python" dev/gpt2.py "$@"; }
-python=${PYTHON:-python3} us=${US:-./train_us_cuda} out=${OUT:-out/gpt2} gpus=1 questions="" stopped=""
-trap 'stopped=1' INT # Ctrl-C reaches the trainer too, which saves
+python=${PYTHON:-python3} us=${US:-./train_us_cuda} out=${OUT:-out/gpt2} gpus=1 questions="" stopped="" launch=()
+trap 'stopped=1' INT # Ctrl-C reaches the trainer too, which saves (several GPUs: see train)
 
 read_table() { # size
     local row
@@ -41,11 +42,20 @@ read_table() { # size
         valid sample timed <<<"$row"
 }
 get_trainer() {
+    local mpi=()
     command -v "$python" >/dev/null || die "there is no $python: name one with PYTHON="
-    [ ! -x "$us" ] || return 0
+    if [ "$gpus" != 1 ]; then
+        [[ $gpus =~ ^[1-9][0-9]*$ ]] || die "GPUS is a number, not '$gpus'"
+        [ $((batch % gpus)) -eq 0 ] || die "GPUS $gpus does not divide a step's $batch sequences"
+        [ "${us##*/}" != train_us ] || die "GPUS $gpus: $us trains on the CPU"
+        read -ra launch <<<"${LAUNCH:-mpirun -np $gpus}"
+        command -v "${launch[0]}" >/dev/null || die "there is no ${launch[0]} to start $gpus GPUs with (LAUNCH=)"
+        mpi=(MPI=1)
+    fi
+    [ ! -x "$us" ] || { [ "$gpus" != 1 ] && ! grep -q MPI_Init_thread "$us"; } || return 0
     [ "${us##*/}" != train_us_cuda ] || command -v nvcc >/dev/null || [ -x /usr/local/cuda/bin/nvcc ] ||
         die "there is no nvcc to build $us with: install the CUDA Toolkit, or train on the CPU, US=./train_us"
-    make "${us##*/}" || die "$us could not be built: see above"
+    make "${mpi[@]}" "${us##*/}" || die "$us could not be built: see above"
 }
 get_data() { # for so many steps, from shards of 100 million tokens
     local shards=$((($1 * batch * seq + 99999999) / 100000000))
@@ -63,9 +73,9 @@ get_questions() {
     [ -e "$questions" ] || { say "without HellaSwag: there is no $questions" && questions=""; }
 }
 fit() { # flags of a run: prints the micro-batch, the largest power of two that the trainer has memory for
-    local b=$batch kept most recompute="" said
-    until said=$("$us" "$@" --batch "$b" --steps 1 --eval-every 0 --eval-tokens 1 --tokens 1 2>&1); do
-        said=${said##*$'\n'}
+    local b=$((batch / gpus)) kept most recompute="" said
+    until said=$("${launch[@]}" "$us" "$@" --batch "$b" --steps 1 --eval-every 0 --eval-tokens 1 --tokens 1 2>&1); do
+        said=$(grep -m 1 "^train_us" <<<"$said" || grep -m 1 '[a-z]' <<<"$said") # the latter is mpirun's
         case $said in
         *"largest that fits is --batch "*) # --batch 37, or --batch 80 --recompute; or the latter alone
             most=${said##*--batch } kept=${said##*fits is --batch }
@@ -81,7 +91,7 @@ fit() { # flags of a run: prints the micro-batch, the largest power of two that 
         *) die "$said" ;;
         esac
     done
-    say --batch "$b" --accum $((batch / b)) $recompute
+    say --batch "$b" --accum $((batch / gpus / b)) $recompute
 }
 train() { # folder, width, heads, steps, warm-up, rate: fails if it diverged. STOP=N: stops it there
     local folder=$1 said before step
@@ -96,9 +106,10 @@ train() { # folder, width, heads, steps, warm-up, rate: fails if it diverged. ST
     [ -z "$questions" ] || [ "${micro[1]}" -ge 4 ] ||
         { say "without HellaSwag: it wants --batch 4, and there is memory for ${micro[1]}" && questions=""; }
     before=$(wc -l 2>/dev/null <"$folder/log.txt")
-    "$us" "${flags[@]}" "${micro[@]}" --eval-every "$every" --eval-tokens "$valid" --tokens "$sample" \
-        ${questions:+--hellaswag "$questions"} --out "$folder" --resume 2>&1 |
-        gpt2 watch "$folder/log.txt" $((batch * seq)) "$timed" "$gpus" "${PRICE:-0}" "${STOP:-0}"
+    # Of a Ctrl-C mpirun hears nothing, for it would kill its ranks: watch asks it to let them save.
+    ${launch[0]:+setsid} "${launch[@]}" "$us" "${flags[@]}" "${micro[@]}" --eval-every "$every" \
+        --eval-tokens "$valid" --tokens "$sample" ${questions:+--hellaswag "$questions"} --out "$folder" --resume 2>&1 |
+        gpt2 watch "$folder/log.txt" $((batch * seq)) "$timed" "$gpus" "${PRICE:-0}" "${STOP:-0}" $$ "${launch[0]:-}"
     # What counts is the checkpoint: the last row of log.csv comes later, and fits where that does not.
     grep -Eq "(saved .*, step $4|nothing to do.*)\$" <(tail -n +$((before + 1)) "$folder/log.txt") && return 0
     ! tail -n 3 "$folder/log.txt" | grep -q 'is not finite' || return 1
@@ -119,7 +130,7 @@ tune() {
     say "$folder/rate: $(cat "$folder/rate"), for all that has $layers layers"
 }
 evaluate() { # file, flags: in the micro-batch of training
-    "$us" --load "$1" --evaluate "${micro[@]:0:2}" ${questions:+--hellaswag "$questions"} "${@:2}" |
+    "${launch[@]}" "$us" --load "$1" --evaluate "${micro[@]:0:2}" ${questions:+--hellaswag "$questions"} "${@:2}" |
         grep -E '^(validation loss|hellaswag: [0-9]+ of) '
 }
 run() {
@@ -152,25 +163,25 @@ refuses() { # a part of the one line that it has to say, command
 column() { awk -F, -v n="$1" 'NR > 1 && $n != "" { print $n }' "$folder/log.csv"; }
 within() { awk -v x="$1" -v low="$2" -v high="$3" 'BEGIN { exit !(x + 0 >= low + 0 && x + 0 <= high + 0) }'; }
 rehearse() {
-    local folder rate loss last fits="--batch 8 --accum 1" begin=$SECONDS expected=0
+    local folder rate loss last fits="--batch 8 --accum 1" begin=$SECONDS expected=0 n=$gpus
     local text=data/tinyshakespeare.txt
-    export PYTHON=$python US=$us OUT=$out/rehearsal_${us##*/} EMU_MEM_MIB=440 # of the emulated card
-    [ "${us##*/}" != train_us_emu ] || fits="--batch 4 --accum 2"
+    export PYTHON=$python US=$us OUT=$out/rehearsal_${us##*/} EMU_MEM_MIB=$((184 + 256 * n)) # of an emulated card
+    [ "${us##*/}" != train_us_emu ] || fits="--batch 4 --accum $((2 / n))"
     [ -e "$text" ] || text=train_us.c
     folder=$OUT/rehearsal rate=$OUT/tune_${layers}_layers/rate
     rm -rf "$OUT"
     check mkdir -p "$OUT/data" && check gpt2 tiny "$OUT/data" "$text" "$seq"
     export DATA="$OUT/data/tiny_train_*.bin" HELLASWAG=$OUT/data/questions.bin
     refuses "SIZE is 124M, 350M" dev/gpt2.sh 1.5B
-    refuses "one GPU so far" dev/gpt2.sh rehearsal 8
-    refuses "tune rehearsal finds it" dev/gpt2.sh rehearsal
-    refuses "no shard is called no_train.bin" env RATE=1 DATA=no_train.bin dev/gpt2.sh rehearsal
+    refuses "3 does not divide" dev/gpt2.sh rehearsal 3
+    refuses "tune rehearsal finds it" dev/gpt2.sh rehearsal "$n"
+    refuses "no shard is called no_train.bin" env RATE=1 DATA=no_train.bin dev/gpt2.sh rehearsal "$n"
     check dev/gpt2.sh tune rehearsal
     say "== interrupted after 17 steps"
-    ! STOP=17 dev/gpt2.sh rehearsal || die "rehearsal: an interrupted run should fail"
+    ! STOP=17 dev/gpt2.sh rehearsal "$n" || die "rehearsal: an interrupted run should fail"
     expect "interrupted" within "$(column 1 | tail -n 1)" 17 $((steps - 1))
-    expect "a full disk" grep -q "after step $steps of" <(ulimit -f 10000 && dev/gpt2.sh rehearsal 2>&1)
-    check dev/gpt2.sh rehearsal | tee "$OUT/printed.txt" || exit 1
+    expect "a full disk" grep -q "after step $steps of" <(ulimit -f 10000 && dev/gpt2.sh rehearsal "$n" 2>&1)
+    check dev/gpt2.sh rehearsal "$n" | tee "$OUT/printed.txt" || exit 1
     loss=$(sed -n 's/^validation loss \([0-9.]*\).*/\1/p' "$folder/evaluate.txt") last=$(column 3 | tail -n 1)
     expect "the rate is the tuned one" grep -q -e "--lr $(cat "$rate")\$" "$folder/flags.txt"
     expect "the micro-batch is $fits" grep -q -e "tokens, $fits" "$OUT/printed.txt"
@@ -186,7 +197,7 @@ rehearse() {
     # Killed before the last rows of the logs:
     last=${rate%rate}lr_$(cat "$rate") && rm "$last/loss" && sed -i.bak '$d' "$last/log.csv" "$folder/log.csv"
     expect "the same rate" grep -q "^$rate: $(cat "$rate")," <(dev/gpt2.sh tune rehearsal)
-    expect "the same loss" grep -q "^validation loss $loss," <(dev/gpt2.sh rehearsal)
+    expect "the same loss" grep -q "^validation loss $loss," <(dev/gpt2.sh rehearsal "$n")
     ! "$python" -c 'import matplotlib' 2>/dev/null ||
         expect "pictures" test -s "$folder/loss.png" -a -s "${rate}s.png"
     say "rehearsed with $us in $((SECONDS - begin)) s: tuned at width $tune_width, trained at $width," \
@@ -196,10 +207,9 @@ rehearse() {
 case ${1:-} in
 "" | -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' dev/gpt2.sh ;;
 tune) read_table "${2:-124M}" && get_trainer && tune ;;
-rehearse) us=${US:-./train_us} && read_table rehearsal && get_trainer && rehearse ;;
+rehearse) us=${US:-./train_us} gpus=${2:-1} && read_table rehearsal && get_trainer && rehearse ;;
 *)
     read_table "$1"
     gpus=${2:-1}
-    [ "$gpus" = 1 ] || die "GPUS $gpus: the trainer runs on one GPU so far (CUDA_VISIBLE_DEVICES=N: on which)"
     get_trainer && run ;;
 esac
