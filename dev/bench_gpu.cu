@@ -1,7 +1,8 @@
 /*
 bench_gpu.cu: how fast the GPU trainer is, where its time goes, and how far that is from what the card can do.
 `make gpu_bench` runs it; ./bench_gpu prints markdown, ./bench_gpu SECONDS begins nothing after so many;
-./bench_gpu tiny takes seconds and shows only that it works.
+./bench_gpu 124M (a name in sizes.h) measures only that; ./bench_gpu tiny takes seconds and shows only that it
+works. Under mpirun tokens/s are those of all GPUs, and the kernels the first one's, with its collectives.
 
 For each model, in BF16 and in FP8: the largest batch that fits and divides a step of 524,288 tokens; steps
 (batches, gradient norm, update) as graphs, of one batch and of up to four, the faster of two each: what more
@@ -47,8 +48,8 @@ static int fit(Config* c, long step_tokens, int native) {
     if (!most) most = largest_batch(&m, usable, 1);
     free(m.tensors);
     memset(&gpu, 0, sizeof gpu);
-    while (step_tokens % ((long)c->batch * 2 * c->seq) == 0 && c->batch * 2 <= most) c->batch *= 2;
-    c->accum = (int)(step_tokens / ((long)c->batch * c->seq));
+    while (step_tokens % ((long)c->batch * 2 * c->seq * ranks) == 0 && c->batch * 2 <= most) c->batch *= 2;
+    c->accum = (int)(step_tokens / ((long)c->batch * c->seq * ranks));
     return most > 0;
 }
 
@@ -66,7 +67,7 @@ static double time_steps(Model* m, const Split* split, int batches, const char* 
 // Prints the rows of a model in one precision; returns tokens/s.
 static double measure(Model* m, const BenchModel* b, const Split* split, double bf16_rate, double slower) {
     const int mode = m->c.precision, accum = m->c.accum, some = (int)min_l(accum, 4);
-    const double step_tokens = (double)m->rows * accum;
+    const double step_tokens = (double)m->rows * accum * ranks;
     size_t left, total;
     gpu_open(m);
     model_init(m, &GPU);
@@ -85,7 +86,7 @@ static double measure(Model* m, const BenchModel* b, const Split* split, double 
     CUDA(cudaMemGetInfo(&left, &total));
     const double rate = step_tokens / step;
     printf("| %s | %d x %d%s | %.0f | %.1f | %.0f %% | %.1f GB | %s |\n", MODES[mode], m->c.batch, accum,
-           m->c.recompute ? ", recompute" : "", rate, step * 1e3, 100 * rate * flops_per_token(m) / bf16_rate,
+           m->c.recompute ? ", recompute" : "", rate, step * 1e3, 100 * rate * flops_per_token(m) / bf16_rate / ranks,
            (double)(total - left) * 1e-9, slower > 0 ? form("%.2f x bf16", rate / slower) : "");
     fflush(stdout);
     gpu_close(m);
@@ -93,8 +94,14 @@ static double measure(Model* m, const BenchModel* b, const Split* split, double 
 }
 
 int main(int argc, char** argv) {
+    wait_briefly(argv);
+    ranks_open();
     const int tiny = argc > 1 && strcmp(argv[1], "tiny") == 0;
-    const double until = seconds() + (argc > 1 && !tiny ? atof(argv[1]) : INFINITY);
+    const char* only = NULL;
+    for (int i = 0; i < NUM_MODELS && argc > 1; i++)
+        if (strcmp(argv[1], MODELS[i].name) == 0) only = argv[1];
+    const double limit = argc > 1 && !tiny && !only ? atof(argv[1]) : INFINITY, until = seconds() + limit;
+    if (!(limit > 0)) die("%s is no model here, nor a number of seconds", argv[1]);
     const BenchModel* models = tiny ? TINY : MODELS;
     const int num_models = tiny ? 1 : NUM_MODELS;
     const int vocab = tiny ? BYTES_VOCAB : GPT2_VOCAB;
@@ -125,10 +132,11 @@ int main(int argc, char** argv) {
     printf("Ceilings measured in this run: copy %.2f TB/s, %ld^3 products %.0f TFLOP/s in BF16",
            bandwidth * 1e-12, n, bf16_rate * 1e-12);
     if (native) printf(", %.0f in FP8 (fast accumulation)", fp8_rate * 1e-12);
-    printf(". %ld tokens a step.\n", step_tokens);
+    printf(". %ld tokens a step%s.\n", step_tokens, ranks > 1 ? form(", on %d GPUs", ranks) : "");
 
     for (int i = 0; i < num_models; i++) {
         const BenchModel* b = &models[i];
+        if (only && strcmp(only, b->name) != 0) continue;
         double rate = 0, total[3] = {0, 0, 0};
         num_kernels = 0;
         memset(kernels, 0, sizeof kernels);
@@ -138,7 +146,7 @@ int main(int argc, char** argv) {
         for (int mode = IN_BF16; mode <= IN_FP8; mode++) {
             Model m;
             Config c = config_of(b, mode, vocab);
-            if (seconds() > until) {
+            if (gpu_sum(seconds() > until) > 0) {
                 printf("| %s | not measured: the time was over | | | | | |\n", MODES[mode]);
                 continue;
             }
@@ -160,5 +168,6 @@ int main(int argc, char** argv) {
         printf("| all | %.2f | %.2f |\n", total[IN_BF16], total[IN_FP8]);
         fflush(stdout);
     }
+    ranks_close();
     return 0;
 }

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# `make gpu`: everything a visit to a GPU is for, in under nine minutes; `make gpu_probe`, `gpu_test` and `gpu_bench`
-# are its parts. Builds for this card, asks cuBLASLt for every product, runs all tests, trains on GPU and CPU side by
-# side, measures. The report is dev/results/CARD-DATE.md (and in the folder OUT, if that is set), to be committed.
+# `make gpu`: everything a visit to a GPU is for, in under nine minutes (several GPUs: twenty); `make gpu_probe`,
+# `gpu_test` and `gpu_bench` are its parts, and `gpu_ranks`: several GPUs, with NCCL and an MPI. Builds for this card, asks
+# cuBLASLt for every product, runs all tests, trains on GPU and CPU side by side, measures. The report is
+# dev/results/CARD-DATE.md (and in the folder OUT, if that is set), to be committed.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 # shellcheck source=dev/report.sh
@@ -9,11 +10,12 @@ source dev/report.sh
 part=${1:-all}
 case $part in
 all) begin=("make gpu" "") ;;
-probe | test | bench) begin=("make gpu_$part" "-$part") ;;
-*) echo "$0: probe, test, bench, or nothing for all" && exit 1 ;;
+probe | test | bench | ranks) begin=("make gpu_$part" "-$part") ;;
+*) echo "$0: probe, test, bench, ranks, or nothing for all" && exit 1 ;;
 esac
 need_gpu "make test_us_emu && ./test_us_emu tests the same source on a CPU"
-begin "us.c" "${begin[@]}" 520
+gpus=$(nvidia-smi -L | grep -c GPU)
+begin "us.c" "${begin[@]}" $((gpus > 1 ? 1100 : 520))
 
 build() { run "build" 150 make -s -k -j"$(nproc)" "$@"; } # what is built is run, whatever is not
 probe() {
@@ -48,7 +50,33 @@ bench() {
     say ""
     run "speed" 230 ./bench_gpu 200
 }
+ranks() { # where there are several GPUs: 1, 2, 4 and 8 of them, two models
+    local n model rate first
+    say "" "## Several GPUs" ""
+    if [ "$gpus" -lt 2 ]; then say "There is one GPU here."; return 0; fi
+    build -B bench_gpu MPI=1 || return 1
+    rm -f out/ranks_*
+    for model in 124M 1.5B; do
+        for n in 1 2 4 8; do
+            [ "$n" -le "$gpus" ] || continue
+            run "$model on $n GPUs" 120 sh -c "mpirun --allow-run-as-root -np $n ./bench_gpu $model >out/ranks_${model}_$n.md"
+        done
+        say "" "| $model, fp8 | tokens/s | of perfect scaling | ms in collectives, a step |" "|---|---|---|---|"
+        first=$(awk -F'|' '/^\| fp8 / { print $4 }' "out/ranks_${model}_1.md")
+        for n in 1 2 4 8; do
+            grep -q '^| fp8' "out/ranks_${model}_$n.md" 2>/dev/null || continue
+            rate=$(awk -F'|' '/^\| fp8 / { print $4 }' "out/ranks_${model}_$n.md")
+            awk -F'|' -v n="$n" -v rate="$rate" -v first="$first" '
+                / (reduce-scatter|all-gather|result) / { ms += $4 }
+                END { printf "| %d GPUs | %d | %.1f %% | %.2f |\n", n, rate, 100 * rate / first / n, ms }
+                ' "out/ranks_${model}_$n.md" | record
+        done
+    done
+}
 case $part in
+ranks)
+    ranks
+    ;;
 probe)
     build probe_gpu
     probe
@@ -70,6 +98,7 @@ all) # the program's tests start hundreds of processes: last
     both
     bench
     tests program 300
+    ranks
     ;;
 esac
 finish

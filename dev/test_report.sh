@@ -52,6 +52,13 @@ for part in probe test bench; do
     all_well; visit dev/gpu.sh $part
     check "$part alone" 0 "gpu_$part" "nothing failed"
 done
+all_well; stand_in bin/nvidia-smi 'echo GPU 0; echo GPU 1'
+stand_in bin/mpirun 'printf "| fp8 | 1 x 8 | %d | 2 |\n| all-gather | 9 | 0.5 |\n| reduce-scatter | 9 | 1.5 |\n" $(($3 * 90 + 10))'
+visit dev/gpu.sh ranks
+check "several GPUs" 0 "| 1 GPUs | 100 | 100.0 % | 2.00 |" "| 2 GPUs | 190 | 95.0 % | 2.00 |" '! 4 GPUs' "nothing failed"
+all_well; stand_in bin/mpirun 'exit 1'; visit dev/gpu.sh ranks
+check "several GPUs, of which none runs" 1 "exit status 1"
+stand_in bin/nvidia-smi 'echo Stand-in'
 all_well; stand_in test_us_cuda 'echo "  FAILED: a check"; exit 1'; visit dev/gpu.sh
 check "a test that fails" 1 "^\*\*FAILED\*\*: tests: arithmetic, tests: program. All" "  FAILED: a check" "tests: arithmetic: exit status 1" "of bench_gpu"
 all_well; stand_in test_us_cuda 'echo so far; kill -SEGV $$'; visit dev/gpu.sh
