@@ -128,10 +128,10 @@ probe_gpu_emu: out/probe_gpu_emu
 
 # Builds in which a mistake shows: out-of-bounds accesses and undefined behaviour; races between threads. Only what
 # comes from CUDA is compiled for the race checker, which takes the place of the thread sanitizer's library.
-CHECK  = -g -fsanitize=address,undefined -fno-sanitize-recover=all
+CHECK  = -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 EMU_TEST = -x c++ '-DUS_SOURCE="out/train_us.cpp"' test_us.c -x none
 test_us_emu_asan: test_us.c out/train_us.cpp train_us.c $(EMU)
-	$(CPP) -O1 -fno-omit-frame-pointer $(CHECK) $(EMU_TEST) dev/emu/emu.cpp -o $@
+	$(CPP) -O1 $(CHECK) $(EMU_TEST) dev/emu/emu.cpp -o $@
 test_us_emu_race: test_us.c out/train_us.cpp out/emu.o train_us.c $(EMU)
 	$(CPP) -fno-openmp -O2 -fsanitize=thread -c $(EMU_TEST) -o out/race.o
 	$(CPP) -O2 out/race.o out/emu.o dev/emu/race.cpp -o $@
@@ -139,7 +139,7 @@ test_us_emu_race: test_us.c out/train_us.cpp out/emu.o train_us.c $(EMU)
 # The emulator's own tests, with bugs planted for each kind of check.
 out/test_emu%: out/dev/emu/test_emu.cpp out/emu.o train_us.c $(EMU)
 	$(CPP) -O2 $< out/emu.o -o out/test_emu
-	$(CPP) -O1 -fno-omit-frame-pointer $(CHECK) $< dev/emu/emu.cpp -o out/test_emu_asan
+	$(CPP) -O1 $(CHECK) $< dev/emu/emu.cpp -o out/test_emu_asan
 	$(CPP) -fno-openmp -O2 -fsanitize=thread -c $< -o out/test_emu_race.o
 	$(CPP) -O2 out/test_emu_race.o out/emu.o dev/emu/race.cpp -o out/test_emu_race
 test_emu: out/test_emu_race
@@ -166,7 +166,7 @@ LAB_O ?= -O1
 LAB_EMU = $(CPP) $(LAB_O) -DUS_KERNELS_ONLY '-DUS_SOURCE="out/train_us.cpp"'
 out/cuda/%: out/dev/cuda/%.cpp $(LAB:%=out/%) out/train_us.cpp train_us.c $(EMU)
 	@mkdir -p $(@D)
-	$(LAB_EMU) -fno-omit-frame-pointer $(CHECK) $< dev/emu/emu.cpp -o $@
+	$(LAB_EMU) $(CHECK) $< dev/emu/emu.cpp -o $@
 out/cuda/race/%: out/dev/cuda/%.cpp $(LAB:%=out/%) out/train_us.cpp out/emu.o train_us.c $(EMU)
 	@mkdir -p $(@D)
 	$(LAB_EMU) -fno-openmp -fsanitize=thread -c $< -o $@.o
