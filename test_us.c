@@ -189,6 +189,19 @@ static void test_exp(void) {
 // -----------------------------------------------------------------------------------------------------------
 // Matmul against a plain loop in double: the error of a sum of K FP32 products is at most K 2^-24 sum |a b|.
 
+// A copy of n floats that ends where a page begins that nobody may read.
+static float* fenced(const float* x, long n) {
+    const long page = sysconf(_SC_PAGESIZE), bytes = div_up(4 * n, page) * page;
+    const int access = PROT_READ | PROT_WRITE, kind = MAP_PRIVATE | MAP_ANON;
+    char* p = (char*)mmap(NULL, (size_t)(bytes + page), access, kind, -1, 0);
+    if (p == MAP_FAILED || mprotect(p + bytes, (size_t)page, PROT_NONE)) die("no memory");
+    return (float*)memcpy(p + bytes - 4 * n, x, sizeof(float) * (size_t)n);
+}
+static void unfence(float* x, long n) {
+    const long page = sysconf(_SC_PAGESIZE), bytes = div_up(4 * n, page) * page;
+    munmap((char*)(x + n) - bytes, (size_t)(bytes + page));
+}
+
 static void test_matmul(void) {
     // The last ones: several stretches of K; more rows and words than a block has; more than caches hold.
     const long shapes[][3] = {{1, 1, 1}, {1, 17, 300}, {5, 3, 2}, {13, 33, 257}, {64, 64, 64}, {127, 50, 513},
@@ -201,6 +214,11 @@ static void test_matmul(void) {
                   *old = normals(M * ld, 1, "out");
             matmul(out, ld, view(a, ta ? 1 : K, ta ? M : 1, FP32), view(b, tb ? 1 : K, tb ? N : 1, FP32), M,
                    N, K, 0.5f, accumulate, FP32);
+            float *a_end = fenced(a, M * K), *b_end = fenced(b, N * K), *same_out = normals(M * ld, 1, "out");
+            matmul(same_out, ld, view(a_end, ta ? 1 : K, ta ? M : 1, FP32),
+                   view(b_end, tb ? 1 : K, tb ? N : 1, FP32), M, N, K, 0.5f, accumulate, FP32);
+            check(memcmp(out, same_out, sizeof(float) * (size_t)(M * ld)) == 0, "operands in other places");
+            unfence(a_end, M * K), unfence(b_end, N * K), free(same_out);
             double worst = 0;
             for (long m = 0; m < M; m++)
                 for (long n = 0; n < ld; n++) {
@@ -2649,7 +2667,7 @@ static void test_changing_devices(void) {
 }
 
 #ifdef US_MPI
-// Many ranks, against one with as many batches a step: mpirun -np 3 ./test_us_emu. Sums in another order moved
+// Many ranks, against one with as many batches a step: mpirun -np 3 ./test_us_emu. Another order of sums moved
 // FP32 losses by 1e-6 (by 1e-4 at most is promised) and, where a rounding falls the other way, BF16's and
 // FP8's by up to 0.1 % (0.3). What one rank is compared with it computes in the same process, with ranks = 1.
 enum { RANK_STEPS = 20, SAVED_AT = 10 };
