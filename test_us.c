@@ -2667,9 +2667,9 @@ static void test_changing_devices(void) {
 }
 
 #ifdef US_MPI
-// Many ranks, against one with as many batches a step: mpirun -np 3 ./test_us_emu. Another order of sums moved
-// FP32 losses by 1e-6 (by 1e-4 at most is promised) and, where a rounding falls the other way, BF16's and
-// FP8's by up to 0.1 % (0.3). What one rank is compared with it computes in the same process, with ranks = 1.
+// Many ranks, against one with as many batches a step: mpirun -np 3 ./test_us_emu. Sums in another order move
+// FP32 losses by 1e-6 (1e-4 is promised) and, where a rounding falls the other way, BF16's and FP8's by up to
+// 0.1 % (0.3 %). The one rank's run is in the first one's process, with ranks = 1 for a while.
 enum { RANK_STEPS = 20, SAVED_AT = 10 };
 typedef struct { double loss[RANK_STEPS], norm[RANK_STEPS]; } Course;
 static void follow(Course* to, Model* m, const Device* d, const Split* s, long end) {
