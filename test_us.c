@@ -13,7 +13,14 @@ Every comparison is of the form error <= bound, false for NaN. Where a bound is 
 #ifndef US_SOURCE
 #define US_SOURCE "train_us.c"
 #endif
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE  // as the trainer does
+#endif
+#include <unistd.h>
+static int watched_fsync(int fd);
+#define fsync watched_fsync  // test_archive looks at what is synced, and when
 #include US_SOURCE
+#undef fsync
 #ifndef US_DEVICE
 #define US_DEVICE CPU
 #endif
@@ -985,7 +992,50 @@ static void write_shard(const char* path, const uint16_t* tokens, int n, int cla
     write_file(path, data, 1024 + sizeof(uint16_t) * (size_t)n);
     free(data);
 }
+// Inputs and targets are the files' own tokens, every value that there is among them: of all that two files
+// hold, read at once, and of batches.
+static void check_tokens(int width) {
+    const long V = width == 1 ? BYTES_VOCAB : GPT2_VOCAB, n = V + 700, first = n / 3;
+    uint16_t* all = (uint16_t*)floats((double)n);
+    uint8_t* bytes = (uint8_t*)floats((double)n);
+    int *in = (int*)floats((double)n), *out = (int*)floats((double)n);
+    char path[1100];
+    for (long i = 0; i < n; i++) all[i] = (uint16_t)(i * 10007 % V), bytes[i] = (uint8_t)all[i];
+    for (int k = 0; k < 2; k++) {
+        const long from = k ? first : 0, count = k ? n - first : first;
+        text_file(path, sizeof path, form("tokens%d_%d.%s", width, k, width == 1 ? "txt" : "bin"));
+        if (width == 1) write_file(path, bytes + from, (size_t)count);
+        else write_shard(path, all + from, (int)count, (int)count);
+    }
+    text_file(path, sizeof path, form("tokens%d_?.*", width));
+    Tokens t;
+    Model m;
+    tokens_open(&t, path);
+    Split split = {&t, 0, n};
+    long wrong = 0;
+    tokens_read(&split, 0, n - 1, in, out);
+    for (long i = 0; i + 1 < n; i++) wrong += (in[i] != all[i]) + (out[i] != all[i + 1]);
+    check(t.count == n && wrong == 0, "tokens of %d bytes: %ld of %ld are not the files'", width, wrong, n);
+    Config c = small_config();
+    c.batch = 3, c.seq = 50;
+    model_layout(&m, &c);
+    model_alloc_batch(&m);
+    split.start = 90, split.count = n - 100, wrong = 0;
+    for (long step = 0; step < 40; step++) {
+        next_batch(&m, &split);
+        for (long i = 0; i < m.rows; i++) {
+            const long begin = window_start(c.seed, 3 * step + i / 50, n - 100, 50);
+            const uint16_t* want = all + 90 + begin + i % 50;
+            wrong += (m.inputs[i] != want[0]) + (m.targets[i] != want[1]);
+            wrong += begin < 0 || begin + 50 >= n - 100;
+        }
+    }
+    check(wrong == 0 && m.sequence == 120, "tokens of %d bytes: %ld in batches are not the windows'",
+          width, wrong);
+    free(all), free(bytes), free(in), free(out), model_free(&m), forget(&t);
+}
 static void test_data(void) {
+    check_tokens(1), check_tokens(2);
     char a[1100], b[1100], pattern[1100];
     uint16_t tokens[500];
     Tokens t;
@@ -1105,7 +1155,54 @@ static void test_printing(void) {
     check(strcmp(got, "a\xC3\xA9\xF0\x9F\x99\x82???") == 0, "byte by byte: %s", got);
 }
 // A header as the safetensors library writes it, long values and many keys; and what is written is found.
+// A file is synced when all of it is written and before it takes its name; its directory after that, for the
+// name. What cannot be synced does not take the place of what was there.
+enum { OLD_SIZE = 3 };
+static struct { const char* path; char calls[8]; int num_calls, error; long size; } synced;
+static int watched_fsync(int fd) {
+    struct stat what, dir, there;
+    if (!synced.path) return fsync(fd);
+    const int known = fstat(fd, &what) == 0 && stat(work, &dir) == 0 && stat(synced.path, &there) == 0;
+    const int is_dir = known && S_ISDIR(what.st_mode), renamed = known && there.st_size != OLD_SIZE;
+    char call = !known || (is_dir && what.st_ino != dir.st_ino) ? '?' : is_dir ? 'd' : 'f';
+    if (call == 'f') synced.size = (long)what.st_size;
+    if (renamed) call = call == 'd' ? 'D' : 'F';
+    if (synced.num_calls < 7) synced.calls[synced.num_calls++] = call;
+    if (call != 'f' || !synced.error) return fsync(fd);
+    errno = synced.error;
+    return -1;
+}
+static void check_synced(const char* path, int error) {
+    const float x[] = {1, 2, 3};
+    struct stat there;
+    Writer w;
+    write_file(path, "old", OLD_SIZE);
+    archive_begin(&w, "vocab", "256");
+    archive_add(&w, "x", FP32, x, 3, 0, 0);
+    memset(&synced, 0, sizeof synced);
+    synced.path = path, synced.error = error;
+    const int says = archive_write(&w, path, NULL, NULL);
+    synced.path = NULL;
+    const long size = stat(path, &there) == 0 ? (long)there.st_size : -1;
+    check(says == error && (error ? size == OLD_SIZE : size > 12), "%s: error %d, %ld bytes", path, says,
+          size);
+    check(access(form("%s.tmp", path), F_OK) != 0, "%s: the temporary file is left", path);
+    if (error) check(*synced.calls == 'f', "%s, not to be synced: %s", path, synced.calls);
+    else
+        check(strcmp(synced.calls, "fD") == 0 && synced.size == size, "%s: synced %s, %ld of %ld bytes", path,
+              synced.calls, synced.size, size);
+    unlink(path);
+}
+static void check_all_synced(void) {
+    char path[1100], here[4096];
+    text_file(path, sizeof path, "synced.safetensors");
+    check_synced(path, 0), check_synced(path, EIO), check_synced(path, ENOSPC);
+    if (!getcwd(here, sizeof here) || chdir(work) != 0) die("the tests cannot enter %s", work);
+    check_synced("synced.safetensors", 0);  // a name without a directory
+    if (chdir(here) != 0) die("the tests cannot go back to %s", here);
+}
 static void test_archive(void) {
+    check_all_synced();
     static char file[40000];
     char path[1100], longest[2001];
     Archive a;
@@ -1844,6 +1941,102 @@ static void test_accumulation(void) {
     model_free(&m[0]), model_free(&m[1]);
 }
 
+// A weight that is NaN: the loss shows it, a tensor is named, nothing is changed, and the data is not used
+// up: once the weight is mended, the run ends as one that never met it. Nor is a step taken whose loss is
+// finite and whose gradient is not.
+static void test_not_finite(void) {
+    float* end[2];
+    long n = 0;
+    for (int met = 0; met < 3; met++) {
+        Tokens tokens;
+        Config c = small_config();
+        c.layers = 2, c.width = 64, c.heads = 1, c.seq = 32, c.batch = 2, c.accum = 2, c.lr = 0.01f;
+        c.steps = 9;
+        if (met == 2) c.precision = 0, c.grad_scale = 1e30f;
+        Model m = text_model_on(device, c, &tokens, "train_us.c");
+        Split all = {&tokens, 0, tokens.count};
+        const Tensor* t = tensor(&m, 1, LN2_GAIN);
+        for (int step = 0; step < 3 && met < 2; step++)
+            check(isfinite(device->step(&m, &all, 0.01).loss), "a good step");
+        device->fetch(&m), n = m.num_params;
+        float *before = floats((double)n), gain[64];
+        memcpy(before, m.params, sizeof(float) * (size_t)n);
+        const long sequence = m.sequence, steps = m.step;
+        check(sequence == 4 * steps, "%ld steps consume %ld sequences", steps, sequence);
+        if (met > 0) {
+            if (met == 1) before[t->offset + 5] = NAN;
+            memcpy(gain, before + t->offset, sizeof gain);
+            device->put(&m, PARAMS, t, gain);
+            const StepResult r = device->step(&m, &all, 0.01);
+            device->fetch(&m);
+            const int seen = met == 1 ? isnan(r.loss) != 0 : isfinite(r.loss) != 0;
+            check(seen && r.bad && m.step == steps && m.sequence == sequence,
+                  "a step on %s: loss %g, step %ld, sequence %ld",
+                  met == 1 ? "NaN" : "an infinite gradient", r.loss, m.step, m.sequence);
+            check(memcmp(before, m.params, sizeof(float) * (size_t)n) == 0, "such a step changes parameters");
+        }
+        if (met < 2) {
+            memcpy(gain, before + t->offset, sizeof gain), gain[5] = 1.25f;
+            device->put(&m, PARAMS, t, gain);
+            check(isfinite(device->step(&m, &all, 0.01).loss) && m.step == 4 && m.sequence == 16,
+                  "a mended step");
+            device->fetch(&m);
+            end[met] = floats((double)n);
+            memcpy(end[met], m.params, sizeof(float) * (size_t)n);
+        }
+        free(before), device->close(&m), model_free(&m), forget(&tokens);
+    }
+    check(memcmp(end[0], end[1], sizeof(float) * (size_t)n) == 0, "a step on NaN changes the steps after it");
+    free(end[0]), free(end[1]);
+}
+
+// Statistics of tensors with zeros, values that a format flushes to zero and such that it clips, against the
+// definition. Counts are exact; a chunk's 16384 squares are added in FP32.
+static void test_statistics(void) {
+    const long sizes[] = {1, 3, 16384, 40000};
+    const double least[] = {0, 0, 0x1p-9, 0x1p-16};
+    const char* const names[] = {"a", "b", "c"};
+    Model m;
+    Config c = small_config();
+    c.layers = 1, c.batch = 1, c.seq = 8;
+    model_layout(&m, &c);
+    model_alloc_batch(&m);
+    for (int f = FP32; f <= E5M2; f++)
+        for (int i = 0; i < 12; i++) {
+            const long n = sizes[i / 3];
+            const int kind = i % 3;  // only zeros; a third of them; none
+            const StatRow old = m.stats[3];
+            float* x = normals(n, 1, form("%d", i));
+            double square = 0, max = 0, nonzero = 0, flushed = 0, saturated = 0;
+            for (long k = 0; k < n; k++) {
+                const int zero = kind == 0 || (kind == 1 && k % 3 == 0);
+                x[k] = zero ? (k % 2 ? -0.0f : 0.0f) : ldexpf(x[k], (int)(k % 41) - 21);
+                const double a = fabs((double)(f == FP32 ? x[k] : round_bf16(x[k])));
+                square += a * a, max = fmax(max, a), nonzero += a > 0;
+                flushed += a > 0 && a <= least[f] / 2;  // the tie goes to zero, which is even
+                saturated += a > (f == E4M3 ? 448.0 : f == E5M2 ? 57344.0 : 3.4e38);
+            }
+            m.stats_on = 0;
+            stat_record(&m, 3, names[kind], kind, x, n, (Format)f);
+            check(memcmp(&old, &m.stats[3], sizeof old) == 0, "statistics that are off are taken");
+            m.stats_on = 1;
+            stat_record(&m, 3, names[kind], kind, x, n, (Format)f);
+            const Stat* s = &m.stats[3].stat[kind];
+            const double rms = sqrt(square / (double)n);
+            check(s->format == (Format)f && strcmp(m.stats[3].name, names[kind]) == 0, "statistics: whose");
+            check(fabs(s->rms - rms) <= rms * 16384 * 0x1p-25 && s->max == max,
+                  "%s, %ld: RMS %g, not %g; max %g, not %g", FORMATS[f].name, n, s->rms, rms, s->max, max);
+            check(s->flushed == flushed / fmax(nonzero, 1) && s->saturated == saturated / (double)n,
+                  "%s, %ld: flushed %g of %g that are not zero, clipped %g: %g and %g", FORMATS[f].name, n,
+                  flushed, nonzero, saturated, s->flushed, s->saturated);
+            for (int k = 0; k < 3; k++)
+                check(k == kind || memcmp(&old.stat[k], &m.stats[3].stat[k], sizeof *s) == 0,
+                      "statistics of another operand change");
+            free(x);
+        }
+    model_free(&m);
+}
+
 // A dump holds what the functions compute: the same step taken here, tensor by tensor, to the bit.
 static void test_dump(void) {
     char path[1100], name[64];
@@ -2500,30 +2693,6 @@ static void test_same_bits(void) {
     }
 }
 
-// A weight that is NaN: the loss shows it, a tensor is named, nothing is changed, and the data is not used
-// up.
-static void test_not_finite(void) {
-    Tokens tokens;
-    Config c = small_config();
-    c.layers = 2, c.width = 64, c.heads = 1, c.seq = 32, c.batch = 2, c.lr = 0.01f;
-    Model m = text_model_on(&GPU, c, &tokens, "train_us.c");
-    Split all = {&tokens, 0, tokens.count};
-    for (int step = 0; step < 3; step++) check(isfinite(GPU.step(&m, &all, 0.01).loss), "a good step");
-    GPU.fetch(&m);
-    float *before = floats((double)m.num_params), nan = NAN;
-    memcpy(before, m.params, sizeof(float) * (size_t)m.num_params);
-    const long at = tensor(&m, 1, LN2_GAIN)->offset + 5, sequence = m.sequence;
-    before[at] = NAN;
-    CUDA(cudaMemcpy(gpu.params + at, &nan, sizeof nan, cudaMemcpyHostToDevice));
-    const StepResult r = GPU.step(&m, &all, 0.01);
-    GPU.fetch(&m);
-    check(isnan(r.loss) && r.bad && m.step == 3 && m.sequence == sequence, "a step on NaN: loss %g, step %ld",
-          r.loss, m.step);
-    check(memcmp(before, m.params, sizeof(float) * (size_t)m.num_params) == 0,
-          "a step on NaN changes parameters");
-    free(before), GPU.close(&m), model_free(&m), forget(&tokens);
-}
-
 // A head whose logits exist for 24 rows at a time: the same bits but for its own gradient, which is added up
 // in another order. Where products of other shapes add in other orders (FP32 sums, 1e-6 apart), one logit in
 // about 2^12 lands on the next BF16 value, 2^-8 away: 2^-14 of the gradient (RMS). Rounded to E5M2, in steps
@@ -2916,14 +3085,14 @@ static const struct { const char* name; void (*test)(void); int group; } TESTS[]
     CPU_TEST(formats), CPU_TEST(random), CPU_TEST(exp), CPU_TEST(matmul), CPU_TEST(activations),
     TEST(large_logits), CPU_TEST(gradients), CPU_TEST(table), CPU_TEST(umup), CPU_TEST(mup_is_sp),
     CPU_TEST(data), CPU_TEST(text), CPU_TEST(printing), CPU_TEST(archive), TEST(oracle),
-    CPU_TEST(model_gradient), CPU_TEST(accumulation), CPU_TEST(generate), CPU_TEST(window),
-    CPU_TEST(ending), RUN_TEST(served), RUN_TEST(hellaswag),
+    CPU_TEST(model_gradient), CPU_TEST(accumulation), TEST(not_finite), CPU_TEST(statistics),
+    CPU_TEST(generate), CPU_TEST(window), CPU_TEST(ending), RUN_TEST(served), RUN_TEST(hellaswag),
     RUN_TEST(held_out), CPU_TEST(dump), TEST(unit_scale), CPU_TEST(attention_variance), RUN_TEST(training),
     RUN_TEST(command_line), RUN_TEST(bad_files), RUN_TEST(checkpoints), RUN_TEST(nothing_lost),
     TEST(validation),
 #ifdef US_CUDA
     TEST(step_by_step), TEST(overlay), TEST(same_bits), TEST(next), TEST(kept_rows), TEST(head_in_pieces),
-    TEST(not_finite), RUN_TEST(changing_devices), RUN_TEST(gpu_limits),
+    RUN_TEST(changing_devices), RUN_TEST(gpu_limits),
 #endif
 #ifdef US_MPI
     {"ranks_agree", test_ranks_agree, MANY}, {"ranks_follow", test_ranks_follow, MANY},

@@ -9,7 +9,7 @@
 # n-th line only, and the GPU's first seven.
 cd "$(dirname "$0")/.." || exit 1
 CC=${CC:-cc} CXX=${CXX:-g++} JOBS=${JOBS:-2}
-TESTS=${TESTS:-formats random matmul activ large gradients model_gradient table umup mup_is_sp data text oracle accum generate window held dump printing archive validation ending served hellaswag lost checkpoints}
+TESTS=${TESTS:-formats random matmul activ large gradients model_gradient table umup mup_is_sp data text oracle accum not_finite statistics generate window held dump printing archive validation ending served hellaswag lost checkpoints}
 GPU_TESTS=${GPU_TESTS:-large step_by_step same_bits next kept_rows not_finite overlay}
 MPI_FLAGS=$(mpicc -show 2>/dev/null | tr ' ' '\n' | grep '^-[ILl]')
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
