@@ -221,11 +221,14 @@ static void test_matmul(void) {
                   *old = normals(M * ld, 1, "out");
             matmul(out, ld, view(a, ta ? 1 : K, ta ? M : 1, FP32), view(b, tb ? 1 : K, tb ? N : 1, FP32), M,
                    N, K, 0.5f, accumulate, FP32);
-            float *a_end = fenced(a, M * K), *b_end = fenced(b, N * K), *same_out = normals(M * ld, 1, "out");
-            matmul(same_out, ld, view(a_end, ta ? 1 : K, ta ? M : 1, FP32),
-                   view(b_end, tb ? 1 : K, tb ? N : 1, FP32), M, N, K, 0.5f, accumulate, FP32);
-            check(memcmp(out, same_out, sizeof(float) * (size_t)(M * ld)) == 0, "operands in other places");
-            unfence(a_end, M * K), unfence(b_end, N * K), free(same_out);
+            if (M * N * K < 1e7) {
+                float *a_end = fenced(a, M * K), *b_end = fenced(b, N * K);
+                float* same_out = normals(M * ld, 1, "out");
+                matmul(same_out, ld, view(a_end, ta ? 1 : K, ta ? M : 1, FP32),
+                       view(b_end, tb ? 1 : K, tb ? N : 1, FP32), M, N, K, 0.5f, accumulate, FP32);
+                check(memcmp(out, same_out, sizeof(float) * (size_t)(M * ld)) == 0, "operands elsewhere");
+                unfence(a_end, M * K), unfence(b_end, N * K), free(same_out);
+            }
             double worst = 0;
             for (long m = 0; m < M; m++)
                 for (long n = 0; n < ld; n++) {
