@@ -1,0 +1,200 @@
+#!/usr/bin/env python3
+"""Breaks train_us.c or train_us.cu by rule and runs the tests on a sample of the mutants; dev/mutants.sh has those
+chosen by hand. A survivor is as good as the source, or shows that a test is missing.
+
+  dev/mutate.py train_us.c --list              the name of every mutant: file:line:column:rule:from->to
+  dev/mutate.py train_us.c 100 --seed 1        the tests on 100 of them, the same ones for everybody
+  dev/mutate.py train_us.c 400 --after 100     on 400 others: with the 100 before they are the first 500
+  dev/mutate.py train_us.c --only WORD         on those whose name contains WORD; --print prints their sources instead
+
+JOBS (2) run at a time. Not counted: what does not compile, and what compiles to the same object code (as a branch for
+another machine does). Caught is a mutant whose tests fail, crash, or take ten times as long; those of up to a second
+run first, then those of up to fifteen. TESTS names some of them. train_us.cu runs on the emulator (make out/emu.o
+first), its tests again with the other order of threads.
+"""
+import argparse, contextlib, os, random, re, shutil, signal, subprocess, sys, tempfile, time
+from concurrent.futures import ThreadPoolExecutor
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+FILES = "train_us.c", "train_us.cu", "test_us.c", "README.md", "LICENSE", "dev/debug_state.safetensors"
+TOKEN = re.compile(r"""(?P<skip>^[ \t]*\#(?:\\\n|[^\n])*|\n|[^\S\n]+|//[^\n]*|/\*.*?\*/)
+    |(?P<text>"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')
+    |(?P<number>(?:0[xX][\da-fA-F]+(?:\.[\da-fA-F]*)?(?:[pP][+-]?\d+)?|\d+\.?\d*(?:[eE][+-]?\d+)?)[uUlLfF]*)
+    |(?P<name>[A-Za-z_]\w*)
+    |(?P<op><<<|>>>|<<=|>>=|->|\+\+|--|&&|\|\||[-+*/%&|^<>=!]=|<<|>>|::|.)""", re.X | re.S | re.M)
+BINARY = {"+": "-*", "-": "+", "*": "/+", "/": "*", "%": "/", "&": "|", "|": "&", "^": "|", "<": ("<=", ">="),
+          "<=": ("<", ">"), ">": (">=", "<="), ">=": (">", "<"), "==": ("!=",), "!=": ("==",), "<<": (">>",),
+          ">>": ("<<",), "&&": ("||",), "||": ("&&",), "+=": ("-=", "="), "-=": ("+=",), "*=": ("/=", "="),
+          "/=": ("*=",), "|=": ("=",), "^=": ("=",)}
+COMPARE = {"<", "<=", ">", ">=", "==", "!="}
+CONTROL = {"if", "while", "for", "switch", "sizeof", "return", "else", "do", "case", "default", "__attribute__"}
+DECLARATION = re.compile(  # how one begins
+    r"(static|const|extern|struct|enum|union|typedef|template|using|goto)\b|"
+    r"(unsigned |signed )?(?!return)[A-Za-z_]\w*(<[\w, ]*>)?(\s+|\s*[*&]+\s*(const\s+)?)[A-Za-z_]\w*\s*[=;,\[({:]")
+
+
+def read(file):
+    with open(f"{ROOT}/{file}", encoding="utf-8") as f: return f.read()
+
+def mutants(name, source):
+    """All of them: (name, begin, end, replacement)."""
+    tokens = [m for m in TOKEN.finditer(source) if m.lastgroup != "skip"]
+    text, last = [m.group() for m in tokens] + [""], len(tokens)
+    close, opened, found, declared, void, heads = {}, [], [], set(), set(), set()
+    depth = [0] * (last + 1)  # braces around
+    for i, t in enumerate(text):
+        if t in ("(", "[", "{", "<<<"): opened.append(i)
+        if t in (")", "]", "}", ">>>") and opened: close[opened.pop()] = i
+    for i, end in ((i, end) for i, end in close.items() if text[i] == "{"):
+        for k in range(i, end): depth[k] += 1
+        if {"enum", "struct", "union"} & set(text[i - 2:i]): declared.update(range(i, end))
+    for i, end in close.items():  # heads of functions and of control statements
+        if text[i] == "(" and not depth[i] and re.match(r"\w", text[i - 1]) and text[end + 1] in ("{", ";"):
+            declared.update(range(i, end))
+            if text[i - 2] == "void" and text[end + 1] == "{": void.update(range(end + 1, close[end + 1]))
+        if text[i] == "(" and text[i - 1] in ("if", "for", "while"): heads.update(range(i, end))
+    def add(rule, begin, end, to):
+        was, line = source[begin:end], source.count("\n", 0, begin) + 1
+        a, b = (re.sub(r"\s+", " ", s if len(s) < 60 else s[:45] + "..." + s[-12:]) for s in (was, to))
+        column = begin - source.rfind("\n", 0, begin)
+        to += "\n" * (was.count("\n") - to.count("\n"))  # __LINE__ stays
+        if was != to: found.append((f"{name}:{line}:{column}:{rule}:{a}->{b}", begin, end, to))
+    def parts(i, end, separator=","):  # tokens i to end - 1, separated: the first and last one of each
+        begins, k = [i], i
+        while k < end:
+            k = close.get(k, k) + 1
+            if text[k - 1] == separator: begins.append(k)
+        return list(zip(begins, [k - 2 for k in begins[1:]] + [end - 1]))
+    def until(k, *stops):  # the next of them that is not in parentheses, or of an inner ?:
+        inner = 0
+        while k < last and (text[k] not in stops or inner and text[k] == ":") and text[k] not in (")", "]", "}"):
+            inner += (text[k] == "?") - (text[k] == ":")
+            k = close.get(k, k) + 1
+        return k
+    at, upto = [m.start() for m in tokens].__getitem__, [m.end() for m in tokens].__getitem__
+    def words(i, end): return source[at(i):upto(end)]
+    for i, t in enumerate(text[:-1]):
+        if i in declared: continue
+        kind, before, after, end = tokens[i].lastgroup, text[i - 1] if i else "", text[i + 1], close.get(i, i)
+        spaced = source[at(i) - 1].isspace() and source[upto(i)].isspace()  # as clang-format leaves what is binary
+        if kind == "op" and spaced and before != "template":
+            rule = "logical" if t in ("&&", "||") else "compare" if t in COMPARE else "operator"
+            for to in BINARY.get(t, ()): add(rule, at(i), upto(i), to)
+        if t == "!" or t == "-" and not spaced: add("dropped", at(i), upto(i), "")
+        if t in ("++", "--"): add("step", at(i), upto(i), "--" if t == "++" else "++")
+        if kind == "number" and before != "case":
+            hexadecimal = t[:2] in ("0x", "0X")
+            body = t.rstrip("uUlL" if hexadecimal and "p" not in t else "uUlLfF")
+            statement = source[max(source.rfind(c, 0, at(i)) for c in ";{}") + 1:at(i)].lstrip()
+            if re.search("[.p]" if hexadecimal else "[.e]", body):
+                zero = not (float.fromhex if hexadecimal else float)(body)
+                add("constant", at(i), upto(i), t.replace("0", "1", 1) if zero else f"(2 * {t})")
+            elif not (before == "[" and after == "]" and "=" not in statement and DECLARATION.match(statement)):
+                n = int(body, 0 if hexadecimal or body[0] != "0" else 8)
+                for to in {0: (1,), 1: (0, 2)}.get(n, (n + 1,)):
+                    add("constant", at(i), upto(i), (hex(to) if hexadecimal else str(to)) + t[len(body):])
+        if t == "[" and depth[i] and re.match(r"[\w\])]", before) and end > i + 1 + after[0].isdigit():
+            for by in "+-": add("index", at(i), upto(end), f"[({source[upto(i):at(end)]}) {by} 1]")
+        if t == "(" and depth[i] and end > i + 1:
+            for to in {"if": "01", "while": "0"}.get(before, ""): add("condition", upto(i), at(end), to)
+            if before == "for":
+                for a, b in parts(i + 1, end, ";")[1:2]: add("condition", at(a), max(at(a), upto(b)), "0")
+            elif re.match(r"\w", before) and before not in CONTROL:
+                p = parts(i + 1, end)
+                for (a, b), (c, d) in zip(p, p[1:]):
+                    add("swap", at(a), upto(d), words(c, d) + source[upto(b):at(c)] + words(a, b))
+        if t == "?" and depth[i]:
+            k = until(i + 1, ":")
+            e = until(k + 1, ":", ",", ";")
+            add("branch", at(i + 1), upto(k - 1), f"({words(k + 1, e - 1)})")
+            add("branch", at(k + 1), upto(e - 1), f"({words(i + 1, k - 1)})")
+        # What begins a statement: a word or * behind another, a brace, or the head of a control statement.
+        head, block = before == ")" and i - 2 in heads and i - 1 not in heads, before in (";", "{", "}")
+        if not depth[i] or i in heads or not (block or head or before in ("else", "do")): continue
+        end = until(i, ";")
+        if not (kind == "name" or t in ("*", "(", "++", "--")) or t == "else": continue
+        if text[end] != ";" and t not in CONTROL: continue
+        if i in void and block: add("return", at(i), at(i), "return; ")
+        if t in CONTROL and (t != "return" or end > i + 1) or DECLARATION.match(words(i, end)): continue
+        add("deleted", at(i), upto(end - 1), "")
+        for (_, a), (_, b) in zip(parts(i, end), parts(i, end)[1:]): add("deleted", upto(a), upto(b), "")
+        for _, (a, _) in zip("1", parts(i, end)[1:]): add("deleted", at(i), at(a), "")
+    return found
+
+def call(command, where, seconds, **more):
+    """Exit status (None: it took too long) and output; nothing that it started stays."""
+    with open(where + "/log.txt", "w+b") as log:
+        p = subprocess.Popen("ulimit -v 16000000; ulimit -f 2000000; " + command, shell=True, cwd=where, stdout=log,
+                             stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
+                             env=dict(os.environ, TMPDIR=where, **more))
+        status = None
+        with contextlib.suppress(subprocess.TimeoutExpired): status = p.wait(seconds)
+        with contextlib.suppress(ProcessLookupError): os.killpg(p.pid, signal.SIGKILL)
+        p.wait(), log.seek(0)
+        return status, log.read().decode(errors="replace")
+
+class Trainer:
+    def __init__(self, file, directory):
+        self.file, self.directory, gpu = file, directory, file.endswith(".cu")
+        emu, tests = f"{ROOT}/dev/emu", "large step_by_step same_bits next kept_rows not_finite overlay" if gpu else ""
+        self.build_command = (f"""sed -E -f {emu}/cuda.sed train_us.cu >cuda.cpp && g++ -std=gnu++17 -O1 -march=native \
+            -w -I{emu} -I. '-DUS_SOURCE="cuda.cpp"' -x c++ -c test_us.c &&
+            g++ test_us.o {ROOT}/out/emu.o -fopenmp -o test_us""" if gpu else
+            "gcc -std=gnu11 -O1 -w -c test_us.c && gcc test_us.o -lm -o test_us") + " && objcopy -x test_us.o"
+        self.source, self.stages, test = read(file), [], "OMP_NUM_THREADS=1 ./test_us -x "
+        self.object = self.build("unbroken", self.source)
+        status, log = call(test + os.environ.get("TESTS", tests), directory + "/unbroken", 3600)
+        if status != 0: sys.exit("the unbroken trainer fails its tests:\n" + log[-2000:])
+        times = [(n, float(t)) for n, t in re.findall(r"^(\w+) +\d+ passed, 0 failed +([\d.]+) s$", log, re.M)]
+        for low, high in (-1, 1), (1, 15), (15, 1e9):
+            some = {n: t for n, t in times if low < t <= high}
+            for more in ({}, {"EMU_SEED": "1"}) if gpu else ({},):
+                if some: self.stages.append((test + " ".join(some), 10 * sum(some.values()) + 10, more))
+        print(f"unbroken: {len(times)} tests, {sum(t for _, t in times):.0f} s", flush=True)
+
+    def build(self, name, source):
+        """The object code, or None."""
+        where = f"{self.directory}/{name}"
+        os.makedirs(where + "/dev")
+        for f in FILES: shutil.copy(f"{ROOT}/{f}", f"{where}/{f}")
+        with open(f"{where}/{self.file}", "w", encoding="utf-8") as f: f.write(source)
+        if call(self.build_command, where, 300)[0] != 0: return None
+        with open(where + "/test_us.o", "rb") as f: return f.read()
+
+    def run(self, number, mutant):
+        start, where = time.time(), f"{self.directory}/{number}"
+        built = self.build(number, self.source[:mutant[1]] + mutant[3] + self.source[mutant[2]:])
+        says = "no build" if built is None else "same object" if built == self.object else "SURVIVED"
+        for command, seconds, more in self.stages if says == "SURVIVED" else ():
+            status, log = call(command, where, seconds, **more)
+            if status == 0: continue
+            by = re.findall(r"^(\w+) +\d+ passed, [1-9]\d* failed", log, re.M)
+            before = (re.findall(r"^(\w+) +\d+ passed, 0", log, re.M) or ["the start"])[-1]
+            says = f"caught by {by[0] if by else ('time' if status is None else 'crash') + ' after ' + before}"
+            break
+        shutil.rmtree(where, ignore_errors=True)
+        print(f"{says:24} {time.time() - start:5.1f} s  {mutant[0]}", flush=True)
+        return says.split()[0]
+
+def main():
+    parser = argparse.ArgumentParser(epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", choices=FILES[:2]), parser.add_argument("number", type=int, nargs="?")
+    for name, default in ("seed", 1), ("after", 0), ("only", ""):
+        parser.add_argument("--" + name, default=default, type=type(default))
+    for name in "list", "print": parser.add_argument("--" + name, action="store_true")
+    a = parser.parse_args()
+    source = read(a.file)
+    some = [m for m in mutants(a.file, source) if a.only in m[0]]
+    if a.number: random.Random(a.seed).shuffle(some)
+    some = some[a.after:a.after + (a.number or len(some))]
+    if a.list or a.print:
+        return print("\n".join(m[0] if a.list else source[:m[1]] + m[3] + source[m[2]:] for m in some))
+    with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(int(os.environ.get("JOBS", "2"))) as pool:
+        says = list(pool.map(Trainer(a.file, directory).run, range(len(some)), some))
+    for m in (m for m, how in zip(some, says) if how == "SURVIVED"):
+        print(f"{m[0]}\n    {source.splitlines()[source.count(chr(10), 0, m[1])].strip()}")
+    caught, survived, same, none = (says.count(k) for k in ("caught", "SURVIVED", "same", "no"))
+    print(f"{caught} caught, {survived} survived, {same} same, {none} no build: "
+          f"score {100 * caught / max(1, caught + survived):.1f} %")
+
+if __name__ == "__main__": main()
