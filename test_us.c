@@ -2089,6 +2089,12 @@ static void test_dump(void) {
     memcpy(logits, m.buffers[A_LOGITS], sizeof(float) * (size_t)(m.rows * m.vp));
     model_loss(&m, 1);
     model_backward(&m, 0);
+    for (int k = 0; k < BUFFERS; k++) {  // what flows between operations is BF16: no value has more bits
+        const double n = BUFFER_KINDS[k].width == DIM_1 ? 0 : buffer_size(&m, k);
+        long wrong = 0;
+        for (long i = 0; i < (long)n; i++) wrong += !same(m.buffers[k][i], round_bf16(m.buffers[k][i]));
+        check(wrong == 0, "%ld values of %s are not BF16", wrong, BUFFER_KINDS[k].name);
+    }
     check(*(const float*)archive_find(&a, "loss", 1, 1) == loss, "dump: loss");
     check(memcmp(state_of(&a, "act.logits%s%s%s", "", "", ""), logits,
                  sizeof(float) * (size_t)(m.rows * 256)) == 0,
