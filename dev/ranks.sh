@@ -118,10 +118,10 @@ expect "the first rank's clock says when to save" test $? -eq 0
 # shellcheck disable=SC2086
 timeout -s KILL 90 mpirun --oversubscribe -x TEST_SAVE_SECONDS=0 -np 2 ./test_us_emu -- $train --steps 100000 \
     --out "$out/killed" >"$out/killed.txt" 2>&1 &
+disown
 for _ in $(seq 400); do [ ! -s "$out/killed/checkpoint.safetensors" ] || break; sleep 0.2; done
 expect "and it is saved by the clock" test -s "$out/killed/checkpoint.safetensors"
 pkill -KILL -f "(mpirun|test_us_emu) .*$out/killed"
-wait 2>/dev/null
 model=$out/of_3/checkpoint.safetensors
 for n in 1 3; do
     launch $n ./train_us_emu --load "$model" --evaluate --eval-tokens 640 2>&1 | tail -n 1 >"$out/evaluate_$n.txt"
