@@ -1162,7 +1162,6 @@ static void test_printing(void) {
     read_text(path, got, sizeof got);
     check(strcmp(got, "a\xC3\xA9\xF0\x9F\x99\x82???") == 0, "byte by byte: %s", got);
 }
-// A header as the safetensors library writes it, long values and many keys; and what is written is found.
 // A file is synced when all of it is written and before it takes its name; its directory after that, for the
 // name. What cannot be synced does not take the place of what was there.
 enum { OLD_SIZE = 3 };
@@ -1209,6 +1208,7 @@ static void check_all_synced(void) {
     check_synced("synced.safetensors", 0);  // a name without a directory
     if (chdir(here) != 0) die("the tests cannot go back to %s", here);
 }
+// A header as the safetensors library writes it, long values and many keys; and what is written is found.
 static void test_archive(void) {
     check_all_synced();
     static char file[40000];
@@ -2913,9 +2913,9 @@ static void check_copies(Model* m, const char* what) {
         check(memcmp(first, ours, (size_t)bytes) == 0, "%s: %s is not the same on all ranks", what, t->name);
         for (long i = 0; i < n; i++) {
             const uint32_t bits = float_bits(bytes == 4 * n ? w[i] : round_bf16(w[i]));
-            const uint32_t want = bytes == n ? fp8_encode(w[i], E4M3) : bytes == 4 * n ? bits : bits >> 16;
-            if (bytes == n) wrong += ours[i] != fp8_encode(round_bf16(w[i]), E4M3);
-            else wrong += memcmp(ours + bytes / n * i, &want, (size_t)(bytes / n)) != 0;
+            const uint32_t code = fp8_encode(round_bf16(w[i]), E4M3);
+            const uint32_t want = bytes == n ? code : bytes == 4 * n ? bits : bits >> 16;
+            wrong += memcmp(ours + bytes / n * i, &want, (size_t)(bytes / n)) != 0;
         }
         check(wrong == 0, "%s: %ld of %s are not their masters'", what, wrong, t->name);
         if (bytes == n)
@@ -3168,7 +3168,7 @@ int main(int argc, char** argv) {
         int wanted = argc < 2 + stop;
         for (int k = 1 + stop; k < argc; k++)
             wanted |= strstr(TESTS[i].name, argv[k]) || strcmp(GROUPS[TESTS[i].group], argv[k]) == 0;
-        const double failed_on_any = ranks > 1 ? device->sum(failed) : failed;
+        const double failed_on_any = device->sum(failed);
         if (!wanted || (stop && failed_on_any > 0)) continue;
         if (TESTS[i].group == CPU_ONLY && device != &CPU) continue;
         if ((TESTS[i].group == MANY) != (ranks > 1)) continue;

@@ -915,8 +915,8 @@ static void model_backward(Model* m, int add) {
     matmul(dlnf, C, view(dlogits, m->vp, 1, f), view(w, 1, C, f), N, C, V, 1.0f, 0, m->precision->stream);
     wrote(m, 0, D_BRANCH, N * C);
     norm_back(m, 0, FINAL, D_X, dlnf, stream_before(m, m->c.layers, 0), NULL, NO_SUM);
-    for (int l = m->c.layers - 1; l >= 0; l--) {  // the last block's buffers are there
-        if (m->c.recompute && l < m->c.layers - 1) block_forward(m, l, B, 0, T);
+    for (int l = m->c.layers - 1; l >= 0; l--) {
+        if (m->c.recompute && l < m->c.layers - 1) block_forward(m, l, B, 0, T);  // the last's are there
         block_backward(m, l, B, T, add);
     }
     embedding_backward(grad(m, 0, WTE), grad(m, 0, WPE), dx, m->inputs, m->scheme->embedding_scale, B, T, C);

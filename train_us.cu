@@ -1056,13 +1056,14 @@ static __global__ void __launch_bounds__(THREADS) add_loss_kernel(Result* r, con
 // of the rank's memory from `at` on; n <= 0: nothing. On one GPU that is all of it, and at = first.
 typedef struct { long first, at, n; } Piece;
 static int sharded(const Model* m) { return ranks > 1 && m->training; }
+static int owners(const Model* m) { return sharded(m) ? ranks : 1; }  // of a part
 static long part_begin(const Model* m, int part) { return part ? m->part_end[part - 1] : 0; }
 static long share_of(const Model* m, int part) {
-    return (m->part_end[part] - part_begin(m, part)) / (sharded(m) ? ranks : 1);
+    return (m->part_end[part] - part_begin(m, part)) / owners(m);
 }
 static Piece piece_of(const Model* m, const Tensor* t, int of_rank) {  // of a tensor
     const int part = part_of(t), who = sharded(m) ? of_rank : 0;
-    const long before = part_begin(m, part) / (sharded(m) ? ranks : 1), share = share_of(m, part);
+    const long before = part_begin(m, part) / owners(m), share = share_of(m, part);
     const long begin = part_begin(m, part) + who * share, first = max_l(t->offset, begin);
     const long end = min_l(t->offset + t->rows * t->cols, begin + share);
     const Piece p = {first, before + first - begin, end - first};
@@ -1509,7 +1510,7 @@ static double plan(const Model* m, int carry_out) {
     const int training = m->training;
     const double C = m->c.width, N = (double)m->rows, S = (double)bytes_of(gpu.type),
                  P = (double)m->num_params;
-    const double Np = (double)padded(m->rows), share = P / (sharded(m) ? ranks : 1);
+    const double Np = (double)padded(m->rows), share = P / owners(m);
     const int slots = m->c.recompute ? 1 : m->c.layers, widths[LINEARS] = {1, 1, 1, 4};
     memset(gpu.bytes, 0, sizeof gpu.bytes);
     PLAN(gpu.params, WEIGHTS, 4 * share);
@@ -2230,7 +2231,7 @@ static void gpu_open(Model* m) {
         gpu.ceiling = measure_product(CUDA_R_16BF, 8192);
     CUDA(cudaFree(lt.workspace));
     plan(m, 1);
-    const size_t held = sizeof(float) * (size_t)m->num_params / (size_t)(sharded(m) ? ranks : 1);
+    const size_t held = sizeof(float) * (size_t)m->num_params / (size_t)owners(m);
     float* const lasting[] = {gpu.params, gpu.m, gpu.v};  // the gaps between tensors too
     for (int i = 0; i < 3; i++) if (lasting[i]) CUDA(cudaMemsetAsync(lasting[i], 0, held, stream));
     for (int k = 0; k < PARTS; k++)

@@ -85,8 +85,9 @@ static double measure(Model* m, const BenchModel* b, const Split* split, double 
     profile = NULL;
     CUDA(cudaMemGetInfo(&left, &total));
     const double rate = step_tokens / step;
+    const double of_ceiling = 100 * rate * flops_per_token(m) / bf16_rate / ranks;
     printf("| %s | %d x %d%s | %.0f | %.1f | %.0f %% | %.1f GB | %s |\n", MODES[mode], m->c.batch, accum,
-           m->c.recompute ? ", recompute" : "", rate, step * 1e3, 100 * rate * flops_per_token(m) / bf16_rate / ranks,
+           m->c.recompute ? ", recompute" : "", rate, step * 1e3, of_ceiling,
            (double)(total - left) * 1e-9, slower > 0 ? form("%.2f x bf16", rate / slower) : "");
     fflush(stdout);
     gpu_close(m);
