@@ -189,7 +189,7 @@ gpu: barriers missing in attention | /attention_forward_mma/,/^}/s/__syncthreads
 gpu: row off by one | s/const long at = (row0 + r) \* d.W/const long at = (row0 + r + 1) * d.W/
 gpu: a tile is not transposed | s/tile\[(r + i) \* stride + c\]/tile[c * stride + r + i]/
 gpu: a scale pointer | s/^    p->b = s->k_b ? layout/    static float one = 1; static const float* scale = \&one; LT(cublasLtMatmulDescSetAttribute(p->operation, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, \&scale, sizeof scale));\n&/
-gpu: NN layout in FP8 | s/w = side(gpu.wt + t->offset, O, 1/w = side(gpu.w + t->offset, I, 0/
+gpu: NN layout in FP8 | s/w = side(gpu.wt + t->offset, O, 1/w = side(weight_gpu(m, l, kind), I, 0/
 gpu: E5M2 by E5M2 | s/x_columns = side(xt, Np, 1, type_of(t->precision.input))/x_columns = side(xt, Np, 1, CUDA_R_8F_E5M2)/
 gpu: gradients in E4M3 | s/d.format = t->precision.gradient;/d.format = E4M3;/
 gpu: padded rows are not zero | s/if (Np > N) {/if (0) {/

@@ -185,7 +185,13 @@ def main():
     a = parser.parse_args()
     source = read(a.file)
     some = [m for m in mutants(a.file, source) if a.only in m[0]]
-    if a.number: random.Random(a.seed).shuffle(some)
+    if a.number:  # by the words and their line, not by its number: most of a sample survives a change of the source
+        lines, seen = source.splitlines(), {}
+        def draw(m):
+            words = lines[source.count("\n", 0, m[1])].strip() + m[0].split(":", 3)[3]
+            seen[words] = seen.get(words, 0) + 1
+            return random.Random(f"{a.seed} {words} {seen[words]}").random()
+        some.sort(key=draw)
     some = some[a.after:a.after + (a.number or len(some))]
     if a.list or a.print:
         return print("\n".join(m[0] if a.list else source[:m[1]] + m[3] + source[m[2]:] for m in some))
