@@ -92,6 +92,19 @@ static double nearest_value(double x, Format format) {
     }
     return best;
 }
+// A copy of n floats that ends where a page begins that nobody may read.
+static float* fenced(const float* x, long n) {
+    const long page = sysconf(_SC_PAGESIZE), bytes = div_up(4 * n, page) * page;
+    const int access = PROT_READ | PROT_WRITE, kind = MAP_PRIVATE | MAP_ANON;
+    char* p = (char*)mmap(NULL, (size_t)(bytes + page), access, kind, -1, 0);
+    if (p == MAP_FAILED || mprotect(p + bytes, (size_t)page, PROT_NONE)) die("no memory");
+    return (float*)memcpy(p + bytes - 4 * n, x, sizeof(float) * (size_t)n);
+}
+static void unfence(float* x, long n) {
+    const long page = sysconf(_SC_PAGESIZE), bytes = div_up(4 * n, page) * page;
+    munmap((char*)(x + n) - bytes, (size_t)(bytes + page));
+}
+
 static int same(float a, float b) { return (isnan(a) && isnan(b)) || (float_bits(a) == float_bits(b)); }
 
 static void test_formats(void) {
@@ -181,6 +194,12 @@ static void test_random(void) {
     check(memcmp(x, part, 1001 * sizeof(float)) == 0, "a number depends on how many are drawn");
     fill_normal(part, 1001, 2.0f, 8, stream_of("a"));
     check(memcmp(x, part, 1001 * sizeof(float)) != 0, "another seed draws the same numbers");
+    // A seed is a model that anyone gets again: by Steele, Lea and Flood's mix of 64 bits, in Python.
+    static const struct { int i; double value; } drawn[] = {{0, 0.5308014}, {1, 2.0779291}, {2, -0.1305575},
+        {3, -0.9205967}, {1000, 1.5017516}, {1001, -2.2800218}};
+    for (int i = 0; i < 6; i++)
+        check(fabs(x[drawn[i].i] - 2 * drawn[i].value) <= 1e-6, "number %d is %.7f", drawn[i].i,
+              (double)x[drawn[i].i]);
     free(x), free(y), free(part);
 }
 
@@ -195,19 +214,6 @@ static void test_exp(void) {
 
 // -----------------------------------------------------------------------------------------------------------
 // Matmul against a plain loop in double: the error of a sum of K FP32 products is at most K 2^-24 sum |a b|.
-
-// A copy of n floats that ends where a page begins that nobody may read.
-static float* fenced(const float* x, long n) {
-    const long page = sysconf(_SC_PAGESIZE), bytes = div_up(4 * n, page) * page;
-    const int access = PROT_READ | PROT_WRITE, kind = MAP_PRIVATE | MAP_ANON;
-    char* p = (char*)mmap(NULL, (size_t)(bytes + page), access, kind, -1, 0);
-    if (p == MAP_FAILED || mprotect(p + bytes, (size_t)page, PROT_NONE)) die("no memory");
-    return (float*)memcpy(p + bytes - 4 * n, x, sizeof(float) * (size_t)n);
-}
-static void unfence(float* x, long n) {
-    const long page = sysconf(_SC_PAGESIZE), bytes = div_up(4 * n, page) * page;
-    munmap((char*)(x + n) - bytes, (size_t)(bytes + page));
-}
 
 static void test_matmul(void) {
     // The last ones: several stretches of K; more rows and words than a block has; more than caches hold.
@@ -447,6 +453,21 @@ static void test_activations(void) {  // against libm; 4 units of FP32 at the la
     check(activate(-1, RELU) == 0 && activate(2, RELU) == 2 && isnan(activate(NAN, RELU)) &&
               isnan(activate(NAN, GELU)),
           "relu, NaN");
+    // All of a tensor, value by value, and nothing beyond it: it ends where nobody may write.
+    const long n = 2 * 4096 + 5;
+    float *h = normals(n, 2, "h"), *dg = normals(n, 1, "dg"), *g = fenced(h, n), *dh = fenced(dg, n);
+    for (int kind = GELU; kind <= SILU; kind++) {
+        int wrong = 0;
+        activation_forward(g, h, (Activation)kind, 0.5f, 3, n, BF16);
+        activation_backward(dh, dg, h, (Activation)kind, 0.5f, 3, n, BF16);
+        for (long i = 0; i < n; i++) {
+            const float slope = activation_slope(0.5f * h[i], (Activation)kind);
+            wrong += fabsf(g[i] - 3 * activate(0.5f * h[i], (Activation)kind)) > 0x1p-8f * fabsf(g[i]);
+            wrong += fabsf(dh[i] - 1.5f * dg[i] * slope) > 0x1p-8f * fabsf(dh[i]) + 1e-6f;
+        }
+        check(wrong == 0, "activation %d: %d of %ld values are wrong", kind, wrong, n);
+    }
+    unfence(g, n), unfence(dh, n), free(h), free(dg);
 }
 
 // -----------------------------------------------------------------------------------------------------------
@@ -1396,6 +1417,322 @@ static void test_command_line(void) {
     check_fails("--input train_us.c --scheme sp --base-layers 2", "--base-layers is of --scheme mup, not of");
 }
 
+// What a release promises of the command line: names, defaults, the limits of numbers, and what a checkpoint
+// has: 0 nothing, 1 what a flag may change, 2 not for a run that goes on, 3 never.
+static const char PROMISED[] =
+    "input [] 1, val [] 1, tokenizer [] 1, hellaswag [] 1, scheme [us] 3, layers [4] 1..1000 3, "
+    "width [128] 1..65536 3, heads [4] 1..1024 3, seq [128] 1..1048576 3, activation [gelu] 3, "
+    "tau [auto] 0..1 3, batch [8] 1..65536 1, accum [1] 1..65536 1, steps [1500] 1..1e+09 1, "
+    "optimizer [adamw] 2, lr [auto] 1e-12..1000 1, warmup [50] 0..1e+09 1, decay [auto] 0..1 1, "
+    "base-width [256] 1..65536 1, precision [fp8] 1, recompute [] 0, seed [1] 0..9007199254740991 1, "
+    "alpha-res [1] 1e-06..1000000 1, alpha-res-attn-ratio [1] 1e-06..1000000 1, "
+    "alpha-attn [1] 1e-06..1000000 1, alpha-act [1] 1e-06..1000000 1, alpha-out [1] 1e-06..1000000 1, "
+    "base-layers [4] 1..1000 1, emb-lr [1] 0..1000000 1, head-lr [1] 0..1000000 1, "
+    "norm-lr [1] 0..1000000 1, grad-scale [auto] 1e-09..1e+12 1, eval-every [100] 0..1e+09 1, "
+    "eval-tokens [65536] 0..1e+09 1, "
+    "stats-every [0] 0..1e+09 1, out [] 0, save-every [0] 0..1e+09 1, resume [] 0, new-data [] 0, "
+    "load [] 0, evaluate [] 0, export [] 0, dump [] 0, generate [] 0, prompt [] 0, tokens [256] 1..1e+09 0, "
+    "temperature [0.8] 0..100 0, top-k [0] 0..65536 0, help [] 0, "
+    "lr and decay of bytes, of tokens: lion, adamw; us 0.02/0.001 0.02/0.001 0.08/0.001 0.16/0.001; "
+    "sp 0.0003/0.0001 0.002/0.0001 0.0005/0.0001 0.002/0.0001; "
+    "mup 0.0003/0.0001 0.001/0.0001 0.0005/0.0001 0.001/0.0001; "
+    "umup 0.5/0.001 0.5/0.001 0.5/0.001 0.5/0.001; "
+    "us-pre 0.02/0.001 0.02/0.001 0.08/0.001 0.16/0.001; "
+    "us-mean 0.02/0.001 0.02/0.001 0.08/0.001 0.16/0.001";
+
+static Config parsed(const char* option, const char* value) {
+    char *argv[] = {self, (char*)option, (char*)value}, flag[64];
+    Config c;
+    if (option) snprintf(flag, sizeof flag, "--%s", option), argv[1] = flag;
+    config_parse(&c, 1 + !!option + !!value, argv, NULL, 0);
+    return c;
+}
+// Each option, at its limits or with each of its choices, changes its own field and no other.
+static void test_options(void) {
+    static char all[8192];
+    size_t n = 0;
+    const Config defaults = parsed(NULL, NULL);
+    for (const Option* o = OPTIONS; o < OPTIONS_END; o++) {
+        if (!o->name) continue;
+        const int limits = (o->type == INT && !o->choices) || o->type == UINT64 || o->type == FLOAT;
+        n += (size_t)sprintf(all + n, "%s [%s] ", o->name, o->value);
+        if (limits) n += (size_t)sprintf(all + n, "%g..%.*g ", o->low, o->type == UINT64 ? 16 : 9, o->high);
+        n += (size_t)sprintf(all + n, "%d, ", o->stored);
+        char value[64] = "1";
+        for (int i = 0; i < 2 || (o->choices && o->type == INT && *choice(o->choices, i)); i++) {
+            if (o->type == INT && o->choices) snprintf(value, sizeof value, "%s", choice(o->choices, i));
+            else if (limits) snprintf(value, sizeof value, "%.17g", i ? o->high : o->low);
+            else if (o->type == TEXT) snprintf(value, sizeof value, "%s", i ? "a b" : "x");
+            Config c = parsed(o->name, o->type == FLAG ? NULL : value);
+            const char* back = option_get(&c, o);
+            const double got = o->type == FLOAT ? (double)strtof(back, NULL) : atof(back);
+            const double number = o->type == FLOAT ? (double)strtof(value, NULL) : atof(value);
+            check(limits ? got == number : strcmp(back, value) == 0, "--%s %s is %s", o->name, value, back);
+            check(c.eval_tokens == (o->offset == AT(eval_tokens) ? (int)atof(value) :
+                                    o->offset == AT(evaluate) ? 0 : 65536), "--%s: eval-tokens %d", o->name,
+                  c.eval_tokens);
+            const size_t size = o->type == UINT64 ? 8 : o->type == TEXT ? sizeof(char*) : 4;
+            memcpy((char*)&c + o->offset, (const char*)&defaults + o->offset, size);
+            if (o->offset == AT(evaluate)) c.eval_tokens = 65536;  // all, unless --eval-tokens says less
+            check(memcmp(&c, &defaults, sizeof c) == 0, "--%s %s changes other fields", o->name, value);
+        }
+    }
+    n += (size_t)sprintf(all + n, "lr and decay of bytes, of tokens: lion, adamw");
+    for (int i = 0; i < 4 * ALL_SCHEMES; i++) {
+        Config c = parsed(NULL, NULL);
+        c.scheme = i / 4, c.optimizer = i % 2, c.vocab = i % 4 / 2 ? GPT2_VOCAB : BYTES_VOCAB;
+        config_defaults(&c);
+        const char* name = i % 4 == 0 ? form("; %s", SCHEMES[c.scheme].name) : "";
+        n += (size_t)sprintf(all + n, "%s %g/%g", name, (double)c.lr, (double)c.decay);
+    }
+    size_t same = 0;
+    while (all[same] && all[same] == PROMISED[same]) same++;
+    check(strcmp(all, PROMISED) == 0, "options: %.60s, promised: %.60s", all + same, PROMISED + same);
+}
+
+// Where two runs first differ: "STEP COLUMN" of log.csv, "sample", or "". What is measured in seconds does.
+static const char* first_difference(const char* a, const char* b) {
+    static const char* const columns[] = {"step", "train_loss", "val_loss", "lr", "grad_norm", "ms",
+                                          "tokens_per_s", "hellaswag"};
+    int column = 0, step = 0;
+    for (; *a && *b; column++) {
+        const size_t x = strcspn(a, ",\n"), y = strcspn(b, ",\n");
+        if (column != 5 && column != 6 && (x != y || memcmp(a, b, x) != 0))
+            return step > 4 ? "sample" : form("%d %s", step, columns[column]);
+        if (a[x] == '\n') step++, column = -1;
+        if (a[x] != b[y] && step <= 4) return form("%d rows", step);
+        a += x + !!a[x], b += y + !!b[y];
+    }
+    return *a || *b ? step > 4 ? "sample" : "rows" : "";
+}
+static const char* logged(const char* flags) {  // of a run: its log, and the text at its end
+    static char texts[2][16384];
+    static int which;
+    char path[1100], *text = texts[which ^= 1];
+    shell("rm -rf '%s/effect'");
+    run_us(form("--input README.md --steps 4 --warmup 2 " TINY "--eval-every 2 --eval-tokens 64 "
+                "--out %%s/effect %s", flags));
+    check(result.status == 0, "%s: %s", flags, result.err);
+    text_file(path, sizeof path, "effect/log.csv");
+    read_text(path, text, sizeof texts[0] - 1024);
+    const char* sample = strstr(result.out, "a sample:\n");
+    snprintf(text + strlen(text), 1000, "%s", sample ? sample + 10 : "none");
+    return text;
+}
+// Every option changes a run from where it says on, and nothing before.
+static void test_effects(void) {
+    static const struct { const char *option, *value, *scheme, *first; } effects[] = {
+        {"input", "LICENSE", "us", "1 train_loss"}, {"val", "LICENSE", "us", "1 train_loss"},
+        {"scheme", "us-pre", "us", "1 train_loss"}, {"layers", "3", "us", "1 train_loss"},
+        {"width", "64", "us", "1 train_loss"}, {"heads", "4", "us", "1 train_loss"},
+        {"seq", "32", "us", "1 train_loss"}, {"activation", "relu", "us", "1 train_loss"},
+        {"tau", "0.3", "us", "1 train_loss"}, {"batch", "4", "us", "1 train_loss"},
+        {"accum", "2", "us", "1 train_loss"}, {"seed", "2", "us", "1 train_loss"},
+        {"precision", "bf16", "us", "1 train_loss"}, {"steps", "5", "us", "3 lr"},
+        {"lr", "0.01", "us", "1 lr"}, {"warmup", "3", "us", "1 lr"},
+        {"optimizer", "lion", "us", "2 "},  // Adam's first step is nearly a sign, as Lion's is
+        {"decay", "0.9", "us", "2 train_loss"}, {"base-width", "16", "us", "2 train_loss"},
+        {"grad-scale", "0.001", "us", "1 grad_norm"}, {"head-lr", "3", "us", "2 train_loss"},
+        {"norm-lr", "3", "us", "2 train_loss"}, {"norm-lr", "0", "us", "1 grad_norm"},
+        {"emb-lr", "3", "mup", "2 train_loss"},
+        {"base-layers", "1", "mup", "1 train_loss"}, {"alpha-res", "2", "umup", "1 train_loss"},
+        {"alpha-res-attn-ratio", "2", "umup", "1 train_loss"}, {"alpha-attn", "3", "mup", "1 train_loss"},
+        {"alpha-attn", "3", "umup", "1 train_loss"}, {"alpha-act", "2", "umup", "1 train_loss"},
+        {"alpha-out", "2", "mup", "1 train_loss"}, {"alpha-out", "2", "umup", "1 train_loss"},
+        {"eval-every", "3", "us", "2 val_loss"}, {"eval-tokens", "16", "us", "2 val_loss"},
+        {"recompute", "", "us", ""}, {"stats-every", "2", "us", ""}, {"save-every", "1", "us", ""},
+        {"resume", "", "us", ""}, {"new-data", "", "us", ""}, {"tokenizer", "nothing", "us", ""},
+        {"tokens", "7", "us", "sample"}, {"prompt", "ab", "us", "sample"},
+        {"temperature", "3", "us", "sample"}, {"top-k", "1", "us", "sample"}};
+    static const char* const otherwise[] = {"hellaswag", "out", "load", "evaluate", "export", "dump",
+                                            "generate", "help"};
+    char base[16384];
+    const char* scheme = "";
+    for (size_t i = 0; i < sizeof effects / sizeof *effects; i++) {
+        if (strcmp(scheme, effects[i].scheme) != 0)
+            snprintf(base, sizeof base, "%s", logged(form("--scheme %s", scheme = effects[i].scheme)));
+        const char* flags = form("--scheme %s --%s %s", scheme, effects[i].option, effects[i].value);
+        const char* first = first_difference(base, logged(flags));
+        const size_t length = strlen(effects[i].first);
+        check(length ? strncmp(first, effects[i].first, length) == 0 : !*first,
+              "--%s %s changes '%s' first, not '%s'", effects[i].option, effects[i].value, first,
+              effects[i].first);
+    }
+    for (const Option* o = OPTIONS; o < OPTIONS_END; o++) {
+        int known = !o->name;
+        for (size_t i = 0; i < sizeof effects / sizeof *effects && o->name; i++)
+            known |= strcmp(effects[i].option, o->name) == 0;
+        for (int i = 0; i < 8 && o->name; i++) known |= strcmp(otherwise[i], o->name) == 0;
+        check(known, "what does --%s change?", o->name);
+    }
+}
+
+// What a run prints and logs, every number against a second computation: the same steps taken here, the
+// learning rate and the windows of validation from their definitions.
+static double next_number(const char** p, const char* before) {  // after these words, which come next
+    const size_t n = strlen(before);
+    char* end = NULL;
+    if (!*p || strncmp(*p, before, n) != 0) return *p = NULL, NAN;
+    const double x = strtod(*p + n, &end);
+    return *p = end == *p + n ? NULL : end, x;
+}
+static double mean_loss(Model* m, const uint8_t* text, long count) {  // 5 windows, evenly spread
+    const int T = m->c.seq;
+    Model one = *m;
+    double sum = 0;
+    one.c.batch = 1, one.rows = T;
+    for (int i = 0; i < 5; i++) {
+        const uint8_t* from = text + (long)((double)(count - T - 1) * (i / 4.0));
+        for (int t = 0; t < T; t++) one.inputs[t] = from[t], one.targets[t] = from[t + 1];
+        const float* losses = cpu_losses(&one);
+        for (int t = 0; t < T; t++) sum += losses[t];
+    }
+    return sum / (5 * T);
+}
+static int off(double got, double want, double by) { return !(fabs(got - want) <= by * 0.5000001); }
+static void test_log(void) {
+    static char rows[65536], stats[65536];
+    char path[1100];
+    shell("rm -rf '%s/log'");
+    const char* flags = "--input README.md --out %s/log --steps 7 --warmup 3 --lr 0.03 --batch 3 --accum 2 "
+                        "--layers 2 --width 128 --heads 2 --seq 64 --eval-every 3 --eval-tokens 300 "
+                        "--stats-every 4 --tokens 1";
+    check(run_us(flags)->status == 0, "%s", result.err);
+    text_file(path, sizeof path, "log/log.csv"), read_text(path, rows, sizeof rows);
+    text_file(path, sizeof path, "log/stats.csv"), read_text(path, stats, sizeof stats);
+    Tokens tokens;
+    Config c = small_config();
+    c.layers = 2, c.width = 128, c.heads = 2, c.seq = 64, c.batch = 3, c.accum = 2, c.lr = 0.03f, c.steps = 7;
+    Model m = text_model_on(&CPU, c, &tokens, "README.md");
+    const long all = tokens.count, held = all / 10;
+    Split train = {&tokens, 0, all - held};
+    check(strstr(result.out, form("\ninput: README.md, %ld bytes\n%ld bytes to train on, %ld to validate on; "
+                                  "384 tokens a step\n%.2f M parameters; ", all, all - held, held,
+                                  (double)m.num_params * 1e-6)) != NULL, "the header: %.1500s", result.out);
+    char settings[2000] = "";  // all that a checkpoint keeps, but paths; some are of other schemes
+    for (const Option* o = OPTIONS; o < OPTIONS_END; o++) {
+        if (!o->name || !o->stored || o->type == TEXT || (o->type == FLOAT && o->choices)) continue;
+        const char* value = o->offset == AT(precision) ? "fp8" : o->offset == AT(eval_every) ? "3" :
+                            o->offset == AT(eval_tokens) ? "300" : o->offset == AT(stats_every) ? "4" :
+                            o->offset == AT(warmup) ? "3" : option_get(&c, o);
+        strcat(strcat(strcat(strcat(settings, " "), o->name), " "), value);
+    }
+    const char *shown_one = strstr(result.out, ", scheme "), *want = settings + 1;
+    for (shown_one += shown_one ? 2 : 0; shown_one && *want && *shown_one; shown_one++)
+        if (*shown_one == '\n') shown_one += strspn(shown_one, " \n") - 1, want += *want == ' ';
+        else if (*want++ != *shown_one) break;
+    check(shown_one && !*want && *shown_one == '\n', "the header's settings: %.300s, not %s",
+          shown_one ? shown_one : "none", want);
+    double buffers = 0;
+    for (int k = 0; k < BUFFERS; k++) buffers += 4e-6 * buffer_size(&m, k);
+    const char* p = strstr(result.out, "memory: ");
+    check(!off(next_number(&p, "memory: "), 16e-6 * (double)m.num_params, 1) &&
+              !off(next_number(&p, " MB parameters, gradients and optimizer state, "), buffers, 1),
+          "memory of %.1f and %.1f MB", 16e-6 * (double)m.num_params, buffers);
+    const char *row = strchr(rows, '\n'), *stat = strchr(stats, '\n'), *screen = result.out;
+    double val = NAN;
+    for (int s = 1; s <= 7; s++) {
+        const double share = s <= 3 ? s / 3.0 : 0.1 + 0.9 * (1 + cos((s - 3) / 4.0 * acos(-1))) / 2;
+        const double lr = 0.03f * share;
+        const int validates = s % 3 == 0 || s == 7, shows = s == 1 || s == 4 || s == 7;
+        m.stats_on = shows;
+        const StepResult r = CPU.step(&m, &train, lr);
+        if (validates) val = mean_loss(&m, tokens.shards[0].p + all - held, held);
+        int wrong = off(next_number(&row, "\n"), s, 0) + off(next_number(&row, ","), r.loss, 1e-6);
+        if (validates) wrong += off(next_number(&row, ","), val, 3e-6);
+        wrong += off(next_number(&row, validates ? "," : ",,"), lr, 1e-5 * lr);
+        wrong += off(next_number(&row, ","), r.norm, 1e-5 * r.norm);
+        const double ms = next_number(&row, ","), rate = next_number(&row, ",");
+        wrong += !(ms > 0) + off(rate * ms, 384e3, 2e-3 * 384e3);
+        if (row && *row++ != ',') row = NULL;
+        check(!wrong && row && *row == '\n', "step %d: %d numbers of the log are wrong", s, wrong);
+        const char* line = strstr(screen, form("\nstep %d/", s));
+        screen = line ? line : screen;
+        wrong = off(next_number(&line, form("\nstep %d/", s)), 7, 0);
+        wrong += off(next_number(&line, " | loss "), r.loss, 1e-4);
+        if (validates) wrong += off(next_number(&line, " | val "), val, 1.01e-4);
+        wrong += off(next_number(&line, " | lr "), lr, 1e-5);
+        wrong += off(next_number(&line, " | norm "), r.norm, 1e-2 * r.norm);
+        wrong += off(next_number(&line, " | "), ms, 1) + off(next_number(&line, " ms | "), rate, 1.1);
+        const double minutes = next_number(&line, " tokens/s | "), left = next_number(&line, ":");
+        wrong += !(minutes >= 0 && left >= 0 && left < 60 && (s < 7 || minutes + left == 0));
+        check(!wrong && line && strncmp(line, " left\n", 6) == 0, "step %d: %d numbers are wrong: %.100s", s,
+              wrong, screen);
+        // Of each tensor: what the step recorded, in the file and on the screen.
+        for (int i = 0; i < 12 && shows; i++) {
+            const StatRow* of = &m.stats[i];
+            const int stream = i % 5 == 0 && i < 11;
+            if (line) line = strstr(line, form("\n%-11s %-5s", of->name, FORMATS[of->stat[0].format].name));
+            if (line) line += 18;
+            for (int k = 0; k < (stream ? 1 : 3); k++) {
+                const Stat* x = &of->stat[k];
+                const char* operand = stream ? "stream" : k == 0 ? "input" : k == 1 ? "weight" : "grad";
+                const char* want = form("\n%d,%s,%s,%s,%.6g,%.6g,%.6g,%.6g", s, of->name, operand,
+                                        FORMATS[x->format].name, x->rms, x->max, x->flushed, x->saturated);
+                check(stat && strncmp(stat, want, strlen(want)) == 0, "stats.csv: %.60s, not %s",
+                      stat ? stat : "no more", want);
+                stat = stat ? strchr(stat + 1, '\n') : NULL;
+                wrong = off(next_number(&line, "| "), x->rms, 1e-2 * x->rms);
+                wrong += off(next_number(&line, " "), x->max, 1e-2 * x->max);
+                wrong += off(next_number(&line, " "), 100 * x->flushed, 1e-2);
+                wrong += off(next_number(&line, " "), 100 * x->saturated, 1e-2);
+                if (line && *line++ != ' ') line = NULL;
+                check(!wrong && line, "step %d, %s: %d numbers on the screen are wrong", s, of->name, wrong);
+            }
+            check(line && *line == '\n', "step %d, %s: the screen's row ends", s, of->name);
+        }
+    }
+    check(row && !row[1] && stat && !stat[1], "the logs end there");
+    p = strstr(screen, "\nsaved ");
+    if (p) p = strstr(p, "/log/checkpoint.safetensors");
+    int wrong = off(next_number(&p, "/log/checkpoint.safetensors, step "), 7, 0);
+    wrong += off(next_number(&p, "\nvalidation loss "), val, 1.01e-4);
+    wrong += off(next_number(&p, ", "), val / log(2), 1.5e-4);
+    check(!wrong && p && strncmp(p, " bits per byte; a sample:\n", 26) == 0, "the end: %.200s", screen);
+    // What is left: as many steps as are left, at what a step took so far; what ms says is part of that.
+    double ms = 0;
+    shell("rm -rf '%s/other'");
+    const double begin = seconds();
+    run_with("--input README.md --out %s/other --steps 100000 " TINY, 0, 0, SIGINT);
+    const double took = seconds() - begin;
+    text_file(path, sizeof path, "other/log.csv"), read_text(path, rows, sizeof rows);
+    long s = 0;
+    for (row = strchr(rows, '\n'); row && row[1]; s++) {
+        for (int comma = 0; comma < 5; comma++) row = strchr(row + 1, ',');
+        ms += next_number(&row, ","), row = row ? strchr(row, '\n') : NULL;
+    }
+    for (p = result.out; (row = strstr(p, " tokens/s | ")); p = row + 1) continue;
+    p--;
+    const double minutes = next_number(&p, " tokens/s | "), left = 60 * minutes + next_number(&p, ":");
+    const double rest = (double)(100000 - s) / (double)s;
+    check(s > 0 && left >= 1e-3 * ms * rest - 1 && left <= took * rest,
+          "after step %ld, %.0f ms of %.0f: %.0f s left", s, ms, 1e3 * took, left);
+    // The checkpoint: every tensor's shape, and the parameters and moments that these steps led to.
+    const float* const state[] = {m.params, m.m, m.v};
+    static const char* const prefixes[] = {"", "adam.m.", "adam.v."};
+    Archive a;
+    text_file(path, sizeof path, "log/checkpoint.safetensors"), archive_read(&a, path);
+    for (const Tensor* t = m.tensors; t < m.tensors + m.num_tensors; t++)
+        for (int i = 0; i < 3; i++) {
+            const Found found = archive_tensor(&a, form("%s%s", prefixes[i], t->name));
+            const char* shape = t->rows == 1 ? form("%ld", t->cols) : form("%ld,%ld", t->rows, t->cols);
+            const size_t size = sizeof(float) * (size_t)(t->rows * t->cols);
+            check(found.dtype == FP32 && found.values == t->rows * t->cols &&
+                      strcmp(found.shape, shape) == 0 && memcmp(found.data, state[i] + t->offset, size) == 0,
+                  "the checkpoint's %s%s: [%s]", prefixes[i], t->name, found.shape);
+        }
+    close_archive(&a);
+    // With the model on a device, the host has room for the largest tensor.
+    text_file(path, sizeof path, "memory.txt");
+    const int out = divert(path);
+    m.c.width = 4096;
+    check_memory(&m, 0);
+    undivert(out);
+    read_text(path, rows, sizeof rows);
+    check(strcmp(rows, "memory: 268 MB on the host\n") == 0, "4 bytes x 4096 x 16384: %s", rows);
+    model_free(&m), forget(&tokens);
+}
+
 static void test_bad_files(void) {
     uint16_t tokens[600];
     char path[1100], random[4000];
@@ -1539,6 +1876,14 @@ static void test_nothing_lost(void) {
     check(strncmp(text, "step,train_loss", 15) == 0, "nothing else is in the log: %s", text);
     check(run_us("--input README.md --steps 1 " TINY " >/dev/full")->status == 1 &&
               strstr(result.err, "not all of the output could be written"), "/dev/full: %s", result.err);
+
+    // The disk is full for the logs, but not for the smaller checkpoint: a run does not end for that.
+    run_with("--input README.md --steps 300 --stats-every 1 --out %s/rows --layers 1 --width 8 --heads 1 "
+             "--seq 8 --batch 2 --tokens 1 >/dev/null", 0, 100000, 0);
+    const char* rows = form("train_us: rows of the logs in %s/rows could not be written\n", work);
+    check(result.status == 0 && strcmp(result.err, rows) == 0, "exit %d %s", result.status, result.err);
+    check(run_us("--out %s/rows --resume --steps 301")->status == 0 && strstr(result.out, ", step 300\n"),
+          "and it goes on: %s", result.err);
 
     // A checkpoint now and then: the newest stays, and copies of those that --save-every names.
     setenv("TEST_SAVE_SECONDS", "0", 1);
@@ -2102,6 +2447,8 @@ static void test_dump(void) {
     check(memcmp(state_of(&a, "tokens%s%s%s", "", "", ""), m.inputs, sizeof(int) * (size_t)m.rows) ==
               0,
           "dump: tokens");
+    const char* on = archive_get(&a, "device");
+    check(on && strcmp(on, device->name) == 0, "the dump says which device it is of");
     check(meta_number(&a, "grad_scale") == 48 * 32 && strcmp(archive_get(&a, "scheme"), "us") == 0,
           "dump: metadata");
     for (int i = 0; i < m.num_tensors; i++) {
@@ -2212,8 +2559,8 @@ static void served(const char* scheme, int precision) {
     check(run_us(flags)->status == 0, "training: %s", result.err);
     const char* says = strstr(result.out, "validation loss ");
     snprintf(trained, sizeof trained, "%.22s", says ? says : "");
-    check(run_us("--load %s/served/checkpoint.safetensors --export %s/served/model")->status == 0, "%s",
-          result.err);
+    check(run_us("--load %s/served/checkpoint.safetensors --export %s/served/model")->status == 0 &&
+              strcmp(last_line(), form("wrote %s/served/model", work)) == 0, "%s%s", result.err, last_line());
     for (int exported = 0; exported < 2; exported++) {
         const char* model = exported ? "--load %s/served/model" : "--load %s/served/checkpoint.safetensors";
         check(run_us(form("%s --evaluate --eval-tokens 3000", model))->status == 0, "%s", result.err);
@@ -3127,7 +3474,8 @@ static const struct { const char* name; void (*test)(void); int group; } TESTS[]
     CPU_TEST(model_gradient), CPU_TEST(accumulation), TEST(not_finite), CPU_TEST(statistics),
     CPU_TEST(generate), CPU_TEST(window), CPU_TEST(ending), RUN_TEST(served), RUN_TEST(hellaswag),
     RUN_TEST(held_out), CPU_TEST(dump), TEST(unit_scale), CPU_TEST(attention_variance), RUN_TEST(training),
-    RUN_TEST(command_line), RUN_TEST(bad_files), RUN_TEST(checkpoints), RUN_TEST(nothing_lost),
+    CPU_TEST(options), CPU_TEST(effects), CPU_TEST(log), RUN_TEST(command_line), RUN_TEST(bad_files),
+    RUN_TEST(checkpoints), RUN_TEST(nothing_lost),
     TEST(validation),
 #ifdef US_CUDA
     TEST(step_by_step), TEST(overlay), TEST(same_bits), TEST(next), TEST(kept_rows), TEST(head_in_pieces),

@@ -9,8 +9,8 @@ chosen by hand. A survivor is as good as the source, or shows that a test is mis
 
 JOBS (2) run at a time. Not counted: what does not compile, and what compiles to the same object code (as a branch for
 another machine does). Caught is a mutant whose tests fail, crash, or take ten times as long; those of up to a second
-run first, then those of up to fifteen. TESTS names some of them. train_us.cu runs on the emulator (make out/emu.o
-first), its tests again with the other order of threads.
+run first, then those of up to fifteen. TESTS names some of them. train_us.c is built twice, then with the model of
+Intel's matrix unit; train_us.cu runs on the emulator (make out/emu.o first), step_by_step with both orders of threads.
 """
 import argparse, contextlib, os, random, re, shutil, signal, subprocess, sys, tempfile, time
 from concurrent.futures import ThreadPoolExecutor
@@ -121,12 +121,12 @@ def mutants(name, source):
         for _, (a, _) in zip("1", parts(i, end)[1:]): add("deleted", at(i), at(a), "")
     return found
 
-def call(command, where, seconds, **more):
+def call(command, where, seconds):
     """Exit status (None: it took too long) and output; nothing that it started stays."""
     with open(where + "/log.txt", "w+b") as log:
         p = subprocess.Popen("ulimit -v 16000000; ulimit -f 2000000; " + command, shell=True, cwd=where, stdout=log,
                              stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
-                             env=dict(os.environ, TMPDIR=where, **more))
+                             env=dict(os.environ, TMPDIR=where))
         status = None
         with contextlib.suppress(subprocess.TimeoutExpired): status = p.wait(seconds)
         with contextlib.suppress(ProcessLookupError): os.killpg(p.pid, signal.SIGKILL)
@@ -134,47 +134,59 @@ def call(command, where, seconds, **more):
         return status, log.read().decode(errors="replace")
 
 class Trainer:
+    """The unbroken one, built in each way that counts: command, object code, its tests in stages, fast ones first."""
     def __init__(self, file, directory):
-        self.file, self.directory, gpu = file, directory, file.endswith(".cu")
-        emu, tests = f"{ROOT}/dev/emu", "large step_by_step same_bits next kept_rows not_finite overlay" if gpu else ""
-        self.build_command = (f"""sed -E -f {emu}/cuda.sed train_us.cu >cuda.cpp && g++ -std=gnu++17 -O1 -march=native \
-            -w -I{emu} -I. '-DUS_SOURCE="cuda.cpp"' -x c++ -c test_us.c &&
-            g++ test_us.o {ROOT}/out/emu.o -fopenmp -o test_us""" if gpu else
-            "gcc -std=gnu11 -O1 -w -c test_us.c && gcc test_us.o -lm -o test_us") + " && objcopy -x test_us.o"
-        self.source, self.stages, test = read(file), [], "OMP_NUM_THREADS=1 ./test_us -x "
-        self.object = self.build("unbroken", self.source)
-        status, log = call(test + os.environ.get("TESTS", tests), directory + "/unbroken", 3600)
+        self.file, self.directory, self.source, self.builds = file, directory, read(file), []
+        emu, amx, tests = f"{ROOT}/dev/emu", f"-include {ROOT}/dev/cpu/amx_model.h", os.environ.get("TESTS")
+        if file.endswith(".cu"):
+            self.add(f"""sed -E -f {emu}/cuda.sed train_us.cu >cuda.cpp && g++ -std=gnu++17 -O1 -march=native \
+                -w -I{emu} -I. '-DUS_SOURCE="cuda.cpp"' -x c++ -c test_us.c &&
+                g++ test_us.o {ROOT}/out/emu.o -fopenmp -o test_us""", tests, "step_by_step")
+        else:
+            for flags, some in ("", tests), (amx, "matmul gradients oracle"):
+                self.add(f"gcc -std=gnu11 -O1 -w {flags} -c test_us.c && gcc test_us.o -lm -o test_us", some)
+
+    def add(self, command, tests, reordered=""):
+        where, test, stages = f"{self.directory}/unbroken{len(self.builds)}", "OMP_NUM_THREADS=1 ./test_us -x ", []
+        built = self.build(where, command, self.source)
+        status, log = call(test + tests, where, 3600)
         if status != 0: sys.exit("the unbroken trainer fails its tests:\n" + log[-2000:])
         times = [(n, float(t)) for n, t in re.findall(r"^(\w+) +\d+ passed, 0 failed +([\d.]+) s$", log, re.M)]
         for low, high in (-1, 1), (1, 15), (15, 1e9):
             some = {n: t for n, t in times if low < t <= high}
-            for more in ({}, {"EMU_SEED": "1"}) if gpu else ({},):
-                if some: self.stages.append((test + " ".join(some), 10 * sum(some.values()) + 10, more))
+            if some: stages.append((test + " ".join(some), 10 * sum(some.values()) + 10))
+        if reordered: stages.append(("EMU_SEED=1 " + test + reordered, stages[-1][1]))
+        self.builds.append((command, built, stages))
         print(f"unbroken: {len(times)} tests, {sum(t for _, t in times):.0f} s", flush=True)
 
-    def build(self, name, source):
+    def build(self, where, command, source):
         """The object code, or None."""
-        where = f"{self.directory}/{name}"
         os.makedirs(where + "/dev")
         for f in FILES: shutil.copy(f"{ROOT}/{f}", f"{where}/{f}")
         with open(f"{where}/{self.file}", "w", encoding="utf-8") as f: f.write(source)
-        if call(self.build_command, where, 300)[0] != 0: return None
+        if call(command + " && objcopy -x test_us.o", where, 300)[0] != 0: return None
         with open(where + "/test_us.o", "rb") as f: return f.read()
 
     def run(self, number, mutant):
-        start, where = time.time(), f"{self.directory}/{number}"
-        built = self.build(number, self.source[:mutant[1]] + mutant[3] + self.source[mutant[2]:])
-        says = "no build" if built is None else "same object" if built == self.object else "SURVIVED"
-        for command, seconds, more in self.stages if says == "SURVIVED" else ():
-            status, log = call(command, where, seconds, **more)
+        start, says = time.time(), "same object"
+        for k, (command, unbroken, stages) in enumerate(self.builds):
+            where = f"{self.directory}/{number}.{k}"
+            built = self.build(where, command, self.source[:mutant[1]] + mutant[3] + self.source[mutant[2]:])
+            if built is None: says = "no build"
+            elif built != unbroken: says = self.test(where, stages)
+            shutil.rmtree(where, ignore_errors=True)
+            if says[0] in "nc": break
+        print(f"{says:24} {time.time() - start:5.1f} s  {mutant[0]}", flush=True)
+        return says.split()[0]
+
+    def test(self, where, stages):
+        for command, seconds in stages:
+            status, log = call(command, where, seconds)
             if status == 0: continue
             by = re.findall(r"^(\w+) +\d+ passed, [1-9]\d* failed", log, re.M)
             before = (re.findall(r"^(\w+) +\d+ passed, 0", log, re.M) or ["the start"])[-1]
-            says = f"caught by {by[0] if by else ('time' if status is None else 'crash') + ' after ' + before}"
-            break
-        shutil.rmtree(where, ignore_errors=True)
-        print(f"{says:24} {time.time() - start:5.1f} s  {mutant[0]}", flush=True)
-        return says.split()[0]
+            return f"caught by {by[0] if by else ('time' if status is None else 'crash') + ' after ' + before}"
+        return "SURVIVED"
 
 def main():
     parser = argparse.ArgumentParser(epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
