@@ -1,22 +1,26 @@
 #!/usr/bin/env python3
 """Breaks train_us.c or train_us.cu by rule and runs the tests on a sample of the mutants; dev/mutants.sh has those
-chosen by hand. A survivor is as good as the source, or shows that a test is missing.
+chosen by hand, dev/mutants.md what survived. A survivor is as good as the source, or shows that a test is missing.
 
   dev/mutate.py train_us.c --list              the name of every mutant: file:line:column:rule:from->to
   dev/mutate.py train_us.c 100 --seed 1        the tests on 100 of them, the same ones for everybody
   dev/mutate.py train_us.c 400 --after 100     on 400 others: with the 100 before they are the first 500
   dev/mutate.py train_us.c --only WORD         on those whose name contains WORD; --print prints their sources instead
+  dev/mutate.py train_us.c --again FILE        on those that are named in FILE, which may be what a run printed
+  dev/mutate.py train_us.c 40 --minutes 5      on as many as are begun by then; --least 75 fails with a lower score
 
 JOBS (2) run at a time. Not counted: what does not compile, and what compiles to the same object code (as a branch for
 another machine does). Caught is a mutant whose tests fail, crash, or take ten times as long; those of up to a second
-run first, then those of up to fifteen. TESTS names some of them. train_us.c is built twice, then with the model of
-Intel's matrix unit; train_us.cu runs on the emulator (make out/emu.o first), step_by_step with both orders of threads.
+run first, then those of up to fifteen. TESTS names the tests: all are the default for train_us.c, GPU_TESTS (below) for
+train_us.cu, where TESTS= means all. train_us.c is built twice, then with the model of Intel's matrix unit; train_us.cu
+runs on the emulator (make out/emu.o first), step_by_step with both orders of threads.
 """
 import argparse, contextlib, os, random, re, shutil, signal, subprocess, sys, tempfile, time
 from concurrent.futures import ThreadPoolExecutor
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FILES = "train_us.c", "train_us.cu", "test_us.c", "README.md", "LICENSE", "dev/debug_state.safetensors"
+GPU_TESTS = "large step_by_step same_bits next kept_rows not_finite overlay head_in_pieces validation gpu_limits"
 TOKEN = re.compile(r"""(?P<skip>^[ \t]*\#(?:\\\n|[^\n])*|\n|[^\S\n]+|//[^\n]*|/\*.*?\*/)
     |(?P<text>"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')
     |(?P<number>(?:0[xX][\da-fA-F]+(?:\.[\da-fA-F]*)?(?:[pP][+-]?\d+)?|\d+\.?\d*(?:[eE][+-]?\d+)?)[uUlLfF]*)
@@ -137,14 +141,16 @@ class Trainer:
     """The unbroken one, built in each way that counts: command, object code, its tests in stages, fast ones first."""
     def __init__(self, file, directory):
         self.file, self.directory, self.source, self.builds = file, directory, read(file), []
-        emu, amx, tests = f"{ROOT}/dev/emu", f"-include {ROOT}/dev/cpu/amx_model.h", os.environ.get("TESTS")
+        emu, amx, tests = f"{ROOT}/dev/emu", f"-include {ROOT}/dev/cpu/amx_model.h", os.environ.get
         if file.endswith(".cu"):
             self.add(f"""sed -E -f {emu}/cuda.sed train_us.cu >cuda.cpp && g++ -std=gnu++17 -O1 -march=native \
                 -w -I{emu} -I. '-DUS_SOURCE="cuda.cpp"' -x c++ -c test_us.c &&
-                g++ test_us.o {ROOT}/out/emu.o -fopenmp -o test_us""", tests, "step_by_step")
+                g++ test_us.o {ROOT}/out/emu.o -fopenmp -o test_us""", tests("TESTS", GPU_TESTS), "step_by_step")
         else:
-            for flags, some in ("", tests), (amx, "matmul gradients oracle"):
-                self.add(f"gcc -std=gnu11 -O1 -w {flags} -c test_us.c && gcc test_us.o -lm -o test_us", some)
+            build = "gcc -std=gnu11 -O1 -w %s -c test_us.c && gcc test_us.o -lm -o test_us"
+            self.add(build % "", tests("TESTS", ""))
+            some = [t for t in ("matmul", "gradients", "oracle") if t in (tests("TESTS") or t).split()]
+            if some: self.add(build % amx, " ".join(some))
 
     def add(self, command, tests, reordered=""):
         where, test, stages = f"{self.directory}/unbroken{len(self.builds)}", "OMP_NUM_THREADS=1 ./test_us -x ", []
@@ -167,8 +173,9 @@ class Trainer:
         if call(command + " && objcopy -x test_us.o", where, 300)[0] != 0: return None
         with open(where + "/test_us.o", "rb") as f: return f.read()
 
-    def run(self, number, mutant):
+    def run(self, number, mutant, until):
         start, says = time.time(), "same object"
+        if start > until: return "late"
         for k, (command, unbroken, stages) in enumerate(self.builds):
             where = f"{self.directory}/{number}.{k}"
             built = self.build(where, command, self.source[:mutant[1]] + mutant[3] + self.source[mutant[2]:])
@@ -191,12 +198,16 @@ class Trainer:
 def main():
     parser = argparse.ArgumentParser(epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", choices=FILES[:2]), parser.add_argument("number", type=int, nargs="?")
-    for name, default in ("seed", 1), ("after", 0), ("only", ""):
+    for name, default in ("seed", 1), ("after", 0), ("only", ""), ("again", ""):
         parser.add_argument("--" + name, default=default, type=type(default))
+    for name in "minutes", "least": parser.add_argument("--" + name, type=float)
     for name in "list", "print": parser.add_argument("--" + name, action="store_true")
     a = parser.parse_args()
     source = read(a.file)
     some = [m for m in mutants(a.file, source) if a.only in m[0]]
+    if a.again:
+        with open(a.again, encoding="utf-8") as f: named = f.read()
+        some = [m for m in some if m[0] in named]
     if a.number:  # by the words and their line, not by its number: most of a sample survives a change of the source
         lines, seen = source.splitlines(), {}
         def draw(m):
@@ -208,11 +219,13 @@ def main():
     if a.list or a.print:
         return print("\n".join(m[0] if a.list else source[:m[1]] + m[3] + source[m[2]:] for m in some))
     with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(int(os.environ.get("JOBS", "2"))) as pool:
-        says = list(pool.map(Trainer(a.file, directory).run, range(len(some)), some))
+        until = time.time() + 60 * (a.minutes or 1e9)
+        says = list(pool.map(Trainer(a.file, directory).run, range(len(some)), some, [until] * len(some)))
     for m in (m for m, how in zip(some, says) if how == "SURVIVED"):
         print(f"{m[0]}\n    {source.splitlines()[source.count(chr(10), 0, m[1])].strip()}")
-    caught, survived, same, none = (says.count(k) for k in ("caught", "SURVIVED", "same", "no"))
-    print(f"{caught} caught, {survived} survived, {same} same, {none} no build: "
-          f"score {100 * caught / max(1, caught + survived):.1f} %")
+    caught, survived, same, none, late = (says.count(k) for k in ("caught", "SURVIVED", "same", "no", "late"))
+    score = 100 * caught / max(1, caught + survived)
+    print(f"{caught} caught, {survived} survived, {same} same, {none} no build, {late} not run: score {score:.1f} %")
+    return 1 if a.least is not None and not score >= a.least else 0
 
-if __name__ == "__main__": main()
+if __name__ == "__main__": sys.exit(main())
