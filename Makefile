@@ -202,9 +202,11 @@ out/bench_llmc: dev/bench_llmc.c FORCE
 paper: train_us
 	python3 dev/paper/run.py all
 
-# Breaks the trainer in named ways, one at a time, and shows that the tests catch each.
+# Breaks the trainers in named ways, one at a time, and shows that the tests catch each; then by rule: dev/mutants.md.
 mutants: test_us out/emu.o
 	dev/mutants.sh
+	dev/mutate.py train_us.c 400
+	dev/mutate.py train_us.cu 200
 
 # The tests under the address and undefined-behaviour sanitizers, and the CUDA source's under the race checker too. (Of
 # leaks one is let pass: a checkpoint's setting that a flag replaces stays in memory, a few bytes, until the end.)

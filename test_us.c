@@ -939,6 +939,17 @@ static void test_table(void) {
         check(moved == !(scheme == SP || scheme == UMUP), "%s: --base-width", s);
         free(other.tensors), model_free(&m);
     }
+    // What µS is compared with is µS but for where LayerNorm stands, and how the stream adds up.
+    for (int scheme = US_PRE; scheme <= US_MEAN; scheme++) {
+        Scheme other;
+        memcpy(&other, &SCHEMES[US], sizeof other);
+        other.name = SCHEMES[scheme].name, other.decay = 0;
+        memset(other.lr_bytes, 0, sizeof other.lr_bytes), memset(other.lr_tokens, 0, sizeof other.lr_tokens);
+        if (scheme == US_PRE) other.norm_last = 0;
+        else other.residual = MEAN;
+        const int alike = memcmp(&other, &SCHEMES[scheme], sizeof other) == 0;
+        check(alike, "%s is µS, but for one thing", other.name);
+    }
     check(same(default_tau(4), 0.4f) && default_tau(2) == 0.4f && fabsf(default_tau(100) - 0.1f) < 0.001f,
           "tau by depth");
     Config c = small_config();
@@ -1730,6 +1741,21 @@ static void test_log(void) {
     undivert(out);
     read_text(path, rows, sizeof rows);
     check(strcmp(rows, "memory: 268 MB on the host\n") == 0, "4 bytes x 4096 x 16384: %s", rows);
+    // What the machine has left is read from files like these.
+    static const char meminfo[] = "MemTotal: 9 kB\nMemAvailable:    123456 kB\nMemAvailable: 7 kB\n";
+    write_file(path, meminfo, sizeof meminfo - 1);
+    check(file_number(path, "MemAvailable:") == 123456 && file_number(path, "MemTotal:") == 9 &&
+              isinf(file_number(path, "Swap:")), "numbers in /proc");
+    write_file(path, "max\n", 4);
+    check(isinf(file_number(path, "")) && isinf(file_number("/no such file", "")), "no limit, no file");
+    write_file(path, "4096\n", 5);
+    check(file_number(path, "") == 4096, "a limit");
+    // Progress is said at most every half minute, with what is left of it.
+    const int again = divert(path);
+    progress("questions", 1, 4, seconds() - 100), progress("questions", 2, 4, seconds() - 100);
+    undivert(again);
+    read_text(path, rows, sizeof rows);
+    check(strcmp(rows, "questions: 25 %, 300 s left\n") == 0, "progress: %s", rows);
     model_free(&m), forget(&tokens);
 }
 
