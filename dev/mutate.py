@@ -7,19 +7,20 @@ chosen by hand, dev/mutants.md what survived. A survivor is as good as the sourc
   dev/mutate.py train_us.c 400 --after 100     on 400 others: with the 100 before they are the first 500
   dev/mutate.py train_us.c --only WORD         on those whose name contains WORD; --print prints their sources instead
   dev/mutate.py train_us.c --again FILE        on those that are named in FILE, which may be what a run printed
-  dev/mutate.py train_us.c 40 --minutes 5      on as many as are begun by then; --least 75 fails with a lower score
+  dev/mutate.py train_us.c 40 --minutes 5      on as many as that allows; --least 60 fails with a lower score (of 20)
 
 JOBS (2) run at a time. Not counted: what does not compile, and what compiles to the same object code (as a branch for
 another machine does). Caught is a mutant whose tests fail, crash, or take ten times as long; those of up to a second
 run first, then those of up to fifteen. TESTS names the tests: all are the default for train_us.c, GPU_TESTS (below) for
-train_us.cu, where TESTS= means all. train_us.c is built twice, then with the model of Intel's matrix unit; train_us.cu
-runs on the emulator (make out/emu.o first), step_by_step with both orders of threads.
+train_us.cu, where TESTS= means all. train_us.c is built twice, the second time with the model of Intel's matrix unit;
+train_us.cu runs on the emulator (make out/emu.o first), step_by_step with both orders of threads.
 """
 import argparse, contextlib, os, random, re, shutil, signal, subprocess, sys, tempfile, time
 from concurrent.futures import ThreadPoolExecutor
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FILES = "train_us.c", "train_us.cu", "test_us.c", "README.md", "LICENSE", "dev/debug_state.safetensors"
+AMX_MODEL = "dev/cpu/amx_model.h"
 GPU_TESTS = "large step_by_step same_bits next kept_rows not_finite overlay head_in_pieces validation gpu_limits"
 TOKEN = re.compile(r"""(?P<skip>^[ \t]*\#(?:\\\n|[^\n])*|\n|[^\S\n]+|//[^\n]*|/\*.*?\*/)
     |(?P<text>"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')
@@ -55,8 +56,10 @@ def mutants(name, source):
     for i, end in close.items():  # heads of functions and of control statements
         if text[i] == "(" and not depth[i] and re.match(r"\w", text[i - 1]) and text[end + 1] in ("{", ";"):
             declared.update(range(i, end))
-            if text[i - 2] == "void" and text[end + 1] == "{": void.update(range(end + 1, close[end + 1]))
-        if text[i] == "(" and text[i - 1] in ("if", "for", "while"): heads.update(range(i, end))
+            k = i - 2  # before a kernel's name: __launch_bounds__(...)
+            if text[k] == ")": k = next(b for b in range(k, 0, -1) if close.get(b) == k) - 2
+            if text[k] == "void" and text[end + 1] == "{": void.update(range(end + 1, close[end + 1]))
+        if text[i] == "(" and text[i - 1] in ("if", "constexpr", "for", "while"): heads.update(range(i, end))
     def add(rule, begin, end, to):
         was, line = source[begin:end], source.count("\n", 0, begin) + 1
         a, b = (re.sub(r"\s+", " ", s if len(s) < 60 else s[:45] + "..." + s[-12:]) for s in (was, to))
@@ -100,7 +103,8 @@ def mutants(name, source):
         if t == "[" and depth[i] and re.match(r"[\w\])]", before) and end > i + 1 + after[0].isdigit():
             for by in "+-": add("index", at(i), upto(end), f"[({source[upto(i):at(end)]}) {by} 1]")
         if t == "(" and depth[i] and end > i + 1:
-            for to in {"if": "01", "while": "0"}.get(before, ""): add("condition", upto(i), at(end), to)
+            for to in {"if": "01", "constexpr": "01", "while": "0"}.get(before, ""):
+                add("condition", upto(i), at(end), to)
             if before == "for":
                 for a, b in parts(i + 1, end, ";")[1:2]: add("condition", at(a), max(at(a), upto(b)), "0")
             elif re.match(r"\w", before) and before not in CONTROL:
@@ -125,52 +129,72 @@ def mutants(name, source):
         for _, (a, _) in zip("1", parts(i, end)[1:]): add("deleted", at(i), at(a), "")
     return found
 
+RUNNING = set()  # groups of processes
+
+def stop(directory):
+    for group in list(RUNNING):
+        with contextlib.suppress(ProcessLookupError): os.killpg(group, signal.SIGKILL)
+    shutil.rmtree(directory, ignore_errors=True)
+    os._exit(1)
+
 def call(command, where, seconds):
     """Exit status (None: it took too long) and output; nothing that it started stays."""
     with open(where + "/log.txt", "w+b") as log:
-        p = subprocess.Popen("ulimit -v 16000000; ulimit -f 2000000; " + command, shell=True, cwd=where, stdout=log,
+        p = subprocess.Popen("ulimit -v 16000000; ulimit -f 400000; " + command, shell=True, cwd=where, stdout=log,
                              stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
                              env=dict(os.environ, TMPDIR=where))
+        RUNNING.add(p.pid)
         status = None
         with contextlib.suppress(subprocess.TimeoutExpired): status = p.wait(seconds)
         with contextlib.suppress(ProcessLookupError): os.killpg(p.pid, signal.SIGKILL)
+        RUNNING.discard(p.pid)
         p.wait(), log.seek(0)
         return status, log.read().decode(errors="replace")
 
 class Trainer:
     """The unbroken one, built in each way that counts: command, object code, its tests in stages, fast ones first."""
-    def __init__(self, file, directory):
-        self.file, self.directory, self.source, self.builds = file, directory, read(file), []
-        emu, amx, tests = f"{ROOT}/dev/emu", f"-include {ROOT}/dev/cpu/amx_model.h", os.environ.get
+    def __init__(self, file, source, directory):
+        self.file, self.source, self.directory, self.builds = file, source, directory, []
+        self.copy = directory + "/copy"  # who edits the tree meanwhile changes nothing here
+        for f in FILES + ("out/emu.o" if file.endswith(".cu") else AMX_MODEL,):
+            os.makedirs(os.path.dirname(f"{self.copy}/{f}"), exist_ok=True)
+            shutil.copy(f"{ROOT}/{f}", f"{self.copy}/{f}")
+        shutil.copytree(f"{ROOT}/dev/emu", self.copy + "/dev/emu")
+        tests, emu, build = os.environ.get, self.copy + "/dev/emu", "gcc -std=gnu11 -O1 -w %s -c test_us.c"
         if file.endswith(".cu"):
             self.add(f"""sed -E -f {emu}/cuda.sed train_us.cu >cuda.cpp && g++ -std=gnu++17 -O1 -march=native \
-                -w -I{emu} -I. '-DUS_SOURCE="cuda.cpp"' -x c++ -c test_us.c &&
-                g++ test_us.o {ROOT}/out/emu.o -fopenmp -o test_us""", tests("TESTS", GPU_TESTS), "step_by_step")
+                -w -I{emu} -I. '-DUS_SOURCE="cuda.cpp"' -x c++ -c test_us.c""",
+                     f"g++ test_us.o {self.copy}/out/emu.o -fopenmp -o test_us", tests("TESTS", GPU_TESTS))
         else:
-            build = "gcc -std=gnu11 -O1 -w %s -c test_us.c && gcc test_us.o -lm -o test_us"
-            self.add(build % "", tests("TESTS", ""))
-            some = [t for t in ("matmul", "gradients", "oracle") if t in (tests("TESTS") or t).split()]
-            if some: self.add(build % amx, " ".join(some))
+            ran = self.add(build % "", "gcc test_us.o -lm -o test_us", tests("TESTS", ""))
+            some = " ".join(t for t in ("matmul", "gradients", "oracle") if t in ran)
+            amx = f"-include {self.copy}/{AMX_MODEL}"
+            if some: self.add(build % amx, "gcc test_us.o -lm -o test_us", some)
 
-    def add(self, command, tests, reordered=""):
+    def add(self, compiles, links, tests):
         where, test, stages = f"{self.directory}/unbroken{len(self.builds)}", "OMP_NUM_THREADS=1 ./test_us -x ", []
-        built = self.build(where, command, self.source)
-        status, log = call(test + tests, where, 3600)
-        if status != 0: sys.exit("the unbroken trainer fails its tests:\n" + log[-2000:])
-        times = [(n, float(t)) for n, t in re.findall(r"^(\w+) +\d+ passed, 0 failed +([\d.]+) s$", log, re.M)]
+        command = f"{compiles} && {links} && objcopy -x test_us.o"
+        built, times = self.build(where, command, self.source), {}
+        def run(command):
+            status, log = call(command, where, 3600)
+            if status != 0: sys.exit("the unbroken trainer fails its tests:\n" + log[-2000:])
+            return {n: float(t) for n, t in re.findall(r"^(\w+) +\d+ passed, 0 failed +([\d.]+) s$", log, re.M)}
+        times = run(test + tests)
         for low, high in (-1, 1), (1, 15), (15, 1e9):
-            some = {n: t for n, t in times if low < t <= high}
+            some = {n: t for n, t in times.items() if low < t <= high}
             if some: stages.append((test + " ".join(some), 10 * sum(some.values()) + 10))
-        if reordered: stages.append(("EMU_SEED=1 " + test + reordered, stages[-1][1]))
+        again = f"EMU_SEED=1 {test} step_by_step"
+        if "step_by_step" in times: stages.append((again, 10 * sum(run(again).values()) + 10))
         self.builds.append((command, built, stages))
-        print(f"unbroken: {len(times)} tests, {sum(t for _, t in times):.0f} s", flush=True)
+        print(f"unbroken: {len(times)} tests, {sum(times.values()):.0f} s", flush=True)
+        return times
 
     def build(self, where, command, source):
         """The object code, or None."""
         os.makedirs(where + "/dev")
-        for f in FILES: shutil.copy(f"{ROOT}/{f}", f"{where}/{f}")
+        for f in FILES: shutil.copy(f"{self.copy}/{f}", f"{where}/{f}")
         with open(f"{where}/{self.file}", "w", encoding="utf-8") as f: f.write(source)
-        if call(command + " && objcopy -x test_us.o", where, 300)[0] != 0: return None
+        if call(command, where, 300)[0] != 0: return None
         with open(where + "/test_us.o", "rb") as f: return f.read()
 
     def run(self, number, mutant, until):
@@ -180,16 +204,18 @@ class Trainer:
             where = f"{self.directory}/{number}.{k}"
             built = self.build(where, command, self.source[:mutant[1]] + mutant[3] + self.source[mutant[2]:])
             if built is None: says = "no build"
-            elif built != unbroken: says = self.test(where, stages)
+            elif built != unbroken: says = self.test(where, stages, until)
             shutil.rmtree(where, ignore_errors=True)
-            if says[0] in "nc": break
+            if says[0] in "ncl": break
         print(f"{says:24} {time.time() - start:5.1f} s  {mutant[0]}", flush=True)
         return says.split()[0]
 
-    def test(self, where, stages):
+    def test(self, where, stages, until):
         for command, seconds in stages:
-            status, log = call(command, where, seconds)
+            left = max(1, until + 60 - time.time())
+            status, log = call(command, where, min(seconds, left))
             if status == 0: continue
+            if status is None and left < seconds: return "late"
             by = re.findall(r"^(\w+) +\d+ passed, [1-9]\d* failed", log, re.M)
             before = (re.findall(r"^(\w+) +\d+ passed, 0", log, re.M) or ["the start"])[-1]
             return f"caught by {by[0] if by else ('time' if status is None else 'crash') + ' after ' + before}"
@@ -200,7 +226,7 @@ def main():
     parser.add_argument("file", choices=FILES[:2]), parser.add_argument("number", type=int, nargs="?")
     for name, default in ("seed", 1), ("after", 0), ("only", ""), ("again", ""):
         parser.add_argument("--" + name, default=default, type=type(default))
-    for name in "minutes", "least": parser.add_argument("--" + name, type=float)
+    parser.add_argument("--minutes", type=float, default=1e6), parser.add_argument("--least", type=float, default=0)
     for name in "list", "print": parser.add_argument("--" + name, action="store_true")
     a = parser.parse_args()
     source = read(a.file)
@@ -208,6 +234,7 @@ def main():
     if a.again:
         with open(a.again, encoding="utf-8") as f: named = f.read()
         some = [m for m in some if m[0] in named]
+    if not some: sys.exit(f"no mutant of {a.file} has such a name (names have line numbers: those of another version?)")
     if a.number:  # by the words and their line, not by its number: most of a sample survives a change of the source
         lines, seen = source.splitlines(), {}
         def draw(m):
@@ -219,13 +246,14 @@ def main():
     if a.list or a.print:
         return print("\n".join(m[0] if a.list else source[:m[1]] + m[3] + source[m[2]:] for m in some))
     with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(int(os.environ.get("JOBS", "2"))) as pool:
-        until = time.time() + 60 * (a.minutes or 1e9)
-        says = list(pool.map(Trainer(a.file, directory).run, range(len(some)), some, [until] * len(some)))
+        for end in signal.SIGINT, signal.SIGTERM: signal.signal(end, lambda *_: stop(directory))
+        until, trainer = time.time() + 60 * a.minutes, Trainer(a.file, source, directory)
+        says = list(pool.map(trainer.run, range(len(some)), some, [until] * len(some)))
     for m in (m for m, how in zip(some, says) if how == "SURVIVED"):
         print(f"{m[0]}\n    {source.splitlines()[source.count(chr(10), 0, m[1])].strip()}")
     caught, survived, same, none, late = (says.count(k) for k in ("caught", "SURVIVED", "same", "no", "late"))
     score = 100 * caught / max(1, caught + survived)
     print(f"{caught} caught, {survived} survived, {same} same, {none} no build, {late} not run: score {score:.1f} %")
-    return 1 if a.least is not None and not score >= a.least else 0
+    return caught + survived >= 20 and score < a.least  # of fewer a score says little
 
 if __name__ == "__main__": sys.exit(main())
