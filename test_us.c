@@ -3485,6 +3485,55 @@ static void test_ranks_all(void) {
 }
 #endif
 
+// The plan of the device's memory: what is taken, what the header says, and all given back. A plan that grows
+// costs users a batch: those for GPT-2's smallest model at batch 16 are written down.
+static void test_gpu_memory(void) {
+    static const struct { int scheme, precision, recompute; double megabytes; } plans[] = {
+        {US, IN_FP8, 0, 8321}, {US, IN_FP8, 1, 4849}, {US, IN_BF16, 0, 8872}, {SP, IN_FP8, 0, 8321},
+        {SP, IN_BF16, 0, 8923}, {UMUP, IN_FP8, 1, 4849}, {US, IN_FP32, 0, 14428}};
+    char path[1100], text[1000];
+    text_file(path, sizeof path, "memory.txt");
+    for (int i = 0; i < (int)(sizeof plans / sizeof *plans); i++) {
+        size_t before, after, closed, all;
+        CUDA(cudaMemGetInfo(&before, &all));
+        Tokens tokens;
+        Config c = gpu_config(plans[i].scheme, plans[i].precision, ADAMW, 2, 64, 1, 33, 1, 256, GELU);
+        c.recompute = plans[i].recompute;
+        Model m = text_model_on(device, c, &tokens, "README.md"), big;
+        CUDA(cudaMemGetInfo(&after, &all));
+        const double wanted = plan(&m, 0), taken = (double)(before - after);
+        if (emulated())  // which does not round up to 512 bytes
+            check(taken <= wanted && wanted < taken + 512 * num_allocations && num_allocations > 9,
+                  "plan %d: %.0f bytes, %.0f are taken", i, wanted, taken);
+        const int out = divert(path);
+        gpu_describe(&m);
+        undivert(out);
+        read_text(path, text, sizeof text);
+        static const char* const parts[] = {" MB weights, ", " MB optimizer, ", " MB gradients, ",
+                                            " MB activations, ", " MB work space, "};
+        const char* p = text;
+        double sum = next_number(&p, "GPU memory: ");
+        int wrong = off(sum, gpu.bytes[0] * 1e-6, 1);
+        for (int k = 1; k <= 5; k++) {
+            const double part = next_number(&p, parts[k - 1]);
+            wrong += off(part, k < 5 ? gpu.bytes[k] * 1e-6 : wanted * 1e-6, 1), sum += k < 5 ? part : -part;
+        }
+        const char* card = form(" MB in all\n%s, compute capability %d.%d, ", gpu.card.name, gpu.card.major,
+                                gpu.card.minor);
+        wrong += off(next_number(&p, card), (double)all * 1e-9, 1 + 0.1 * (double)all * 1e-9);
+        check(!wrong && p && fabs(sum) <= 3, "the header: %s", text);
+        c.layers = 12, c.width = 768, c.heads = 12, c.seq = 1024, c.batch = 16, c.vocab = GPT2_VOCAB;
+        model_layout(&big, &c);
+        big.training = 1;
+        const double megabytes = plan(&big, 0) * 1e-6;
+        if (gpu.native)  // where operands are decoded that takes room, too
+            check(!off(megabytes, plans[i].megabytes, 1), "plan %d takes %.0f MB", i, megabytes);
+        device->close(&m);
+        CUDA(cudaMemGetInfo(&closed, &all));
+        check(closed == before || !emulated(), "%zu bytes are not given back", before - closed);
+        free(big.tensors), model_free(&m), forget(&tokens);
+    }
+}
 static void test_gpu_limits(void) {
     check_fails("--input train_us.c --width 120 --heads 4", "it has to be a multiple of 16");
     check_fails("--input train_us.c --width 1040 --heads 1", "on a GPU a head has at most 512");
@@ -3537,7 +3586,7 @@ static const struct { const char* name; void (*test)(void); int group; } TESTS[]
     TEST(validation),
 #ifdef US_CUDA
     TEST(step_by_step), TEST(overlay), TEST(same_bits), TEST(next), TEST(kept_rows), TEST(head_in_pieces),
-    RUN_TEST(changing_devices), RUN_TEST(gpu_limits),
+    RUN_TEST(changing_devices), TEST(gpu_memory), RUN_TEST(gpu_limits),
 #endif
 #ifdef US_MPI
     {"ranks_agree", test_ranks_agree, MANY}, {"ranks_follow", test_ranks_follow, MANY},
