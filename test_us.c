@@ -1755,8 +1755,9 @@ static void test_log(void) {
     for (const char* at = a.header; *at && *at != '}'; at++) keys += strncmp(at, "\":\"", 3) == 0;
     for (const Option* o = OPTIONS; o < OPTIONS_END; o++) stored += o->name && o->stored;
     check(keys == stored + 6, "%d keys for %d stored settings", keys, stored);
-    check(meta_number(&a, "step") == 7 && meta_number(&a, "sequence") == 42 && meta_number(&a, "ranks") == 1 &&
-              meta_number(&a, "grad_scale") == m.grad_scale, "7 steps of 6 sequences");
+    check(meta_number(&a, "step") == 7 && meta_number(&a, "sequence") == 42 &&
+              meta_number(&a, "ranks") == 1 && meta_number(&a, "grad_scale") == m.grad_scale,
+          "7 steps of 6 sequences");
     close_archive(&a);
     // With the model on a device, the host has room for the largest tensor.
     text_file(path, sizeof path, "memory.txt");
