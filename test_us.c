@@ -1114,6 +1114,13 @@ static void test_data(void) {
         if (big) check(moved > n && base > 0, "epochs differ in order");
         free(seen);
     }
+    // The mark of the data, which a run goes on with: all files, their sizes and their order count.
+    text_file(a, sizeof a, "abc.txt"), write_file(a, "abc", 3);
+    tokens_open(&t, a);
+    const uint64_t mark = tokens_hash(&t, 0);
+    check(mark == 554745769876478 && tokens_hash(&t, mark) != mark, "abc's mark is %llu",
+          (unsigned long long)mark);
+    forget(&t);
     check(window_start(1, 0, 11, 10) == 0 && window_start(1, 7, 11, 10) == 0, "a text of one window");
     check(window_start(1, 3, 100003, 10) != window_start(2, 3, 100003, 10), "seeds differ");
     // A seed's order is one that anyone gets again: the permutation once more, in Python.
@@ -1762,7 +1769,7 @@ static void test_log(void) {
     // With the model on a device, the host has room for the largest tensor.
     text_file(path, sizeof path, "memory.txt");
     const int out = divert(path);
-    m.c.width = 1024;
+    m.c.width = 1024, m.num_params = 1L << 50;  // those are not here
     check_memory(&m, 0);
     undivert(out);
     read_text(path, rows, sizeof rows);
