@@ -5,6 +5,7 @@
 // together find what others may not.
 #include "cuda_runtime.h"
 #include <map>
+#include <string>
 #include <sys/mman.h>
 // AddressSanitizer, where it is linked, must be told of every change of stack.
 extern "C" void __sanitizer_start_switch_fiber(void **, const void *, size_t) __attribute__((weak));
@@ -302,6 +303,12 @@ static std::map<const char *, Allocation> allocations;
 static std::map<const void *, size_t> shared_limits;
 static size_t in_use;
 static cudaError_t last_error;
+static std::string unasked;  // the kernel launched last, until somebody asks whether it could be
+#ifdef __SANITIZE_ADDRESS__
+static const size_t BAND = 0;  // the sanitizer sees what is written behind an allocation
+#else
+static const size_t BAND = 4096;  // bytes behind an allocation, which nobody may write
+#endif
 static cudaStream_t captured;
 static int device;                                  // the current one
 #define REFUSE(E, ...) return EMU_SAY(__VA_ARGS__), last_error = E
@@ -339,6 +346,10 @@ cudaError_t launch_grid(const char *name, const void *kernel, dim3 g, dim3 b, si
         REFUSE(cudaErrorInvalidConfiguration, "%s: grid (%u,%u,%u), block (%u,%u,%u)", name, g.x, g.y, g.z,
                b.x, b.y, b.z);
     if (shared > limit) REFUSE(cudaErrorInvalidValue, "%s: %zu shared bytes, limit %zu", name, shared, limit);
+    const std::string before = unasked;
+    unasked = name;
+    if (!before.empty())
+        REFUSE(cudaErrorNotPermitted, "no cudaGetLastError() followed the launch of %s", before.c_str());
     return submit(s, [=] { run_grid(name, g, b, shared, thread); });
 }
 cudaError_t set_shared_limit(const void *kernel, int bytes) {
@@ -350,11 +361,12 @@ cudaError_t allocate(void **p, size_t bytes, bool host) {
     size_t free, total;
     cudaMemGetInfo(&free, &total);
     if (cudaError_t e = synchronize("cudaMalloc", false)) return e;
-    if ((!host && bytes > free) || posix_memalign(p, 256, bytes ? bytes : 1))
+    if ((!host && bytes > free) || posix_memalign(p, 256, bytes + BAND + !bytes))
         REFUSE(cudaErrorMemoryAllocation, "%zu bytes asked for, %zu free", bytes, free);
     memset(*p, 0xFF, bytes);                        // NaNs, so that what nobody wrote shows; each time
     static int other;                               // others, so that it never compares equal
     if (other++ % 2) for (size_t i = 1; i < bytes; i += 2) ((uint8_t *)*p)[i] = 0x7F;
+    memset((char *)*p + bytes, 0xFE, BAND);
     allocations[(char *)*p] = {bytes, host, device};
     if (!host) in_use += bytes;
     if (!host && note_memory) note_memory(*p, bytes, "device memory");
@@ -366,6 +378,10 @@ cudaError_t release(void *p, bool host) {
     if (!p && !host) return cudaSuccess;             // of cudaFree only is that promised
     if (a == allocations.end() || a->second.host != host) REFUSE(cudaErrorInvalidValue, "free of %p", p);
     if (!host) in_use -= a->second.bytes;
+    for (size_t i = 0; i < BAND; i++)
+        if (((uint8_t *)p)[a->second.bytes + i] != 0xFE)
+            REFUSE(cudaErrorInvalidValue, "byte %zu behind the %zu of an allocation was written", i,
+                   a->second.bytes);
     if (note_memory) note_memory(p, 0, nullptr);
     allocations.erase(a);
     free(p);
@@ -432,7 +448,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int device) {
 cudaError_t cudaPeekAtLastError() { return last_error; }
 cudaError_t cudaGetLastError() {
     const cudaError_t e = last_error;
-    last_error = cudaSuccess;
+    last_error = cudaSuccess, unasked.clear();
     return e;
 }
 template <class T, class F>

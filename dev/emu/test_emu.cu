@@ -135,6 +135,7 @@ static void test_transposes() {
     const bf16 *dx = up<bf16>(x);
     __nv_fp8_e4m3 *outT = room<__nv_fp8_e4m3>(C * R);
     cast_transpose<<<dim3(C / 64, R / 64), 128, 64 * 80>>>(Dest{(uint8_t *)outT, R, C}, dx, bug);
+    CUDA(cudaGetLastError());
     std::vector<float> got = down(outT, C * R);
     bool ok = true;
     for (int r = 0; r < R; r++) for (int c = 0; c < C; c++)
@@ -142,6 +143,7 @@ static void test_transposes() {
     check(ok, "cast and transpose");
     float *dy = up<float>(y), *dyT = room<float>(1024);
     warp_transpose<<<1, 32>>>(dyT, dy, bug);
+    CUDA(cudaGetLastError());
     got = down(dyT, 1024);
     ok = true;
     for (int i = 0; i < 1024; i++) ok = ok && got[i % 32 * 32 + i / 32] == y[i];
@@ -257,14 +259,18 @@ static void test_tensor_cores() {
     bf16 *da = up<bf16>(a), *db = up<bf16>(b);
     float *d = room<float>(M * N);
     gemm_bf16<false><<<dim3(N / 64, M / 64), 128>>>(d, da, db, N, K, bug);
+    CUDA(cudaGetLastError());
     check(is_product(down(d, M * N), a, K, 1, b, K, 1, M, N, K, 1e-5), "mma bf16, ldmatrix, cp.async");
     gemm_bf16<true><<<dim3(N / 64, M / 64), 128>>>(d, da, db, N, K, bug);
+    CUDA(cudaGetLastError());
     check(is_product(down(d, M * N), a, K, 1, b, 1, N, M, N, K, 1e-5), "mma bf16, ldmatrix.trans");
     const uint8_t *de = (uint8_t *)up<__nv_fp8_e4m3>(e), *dg = (uint8_t *)up<__nv_fp8_e5m2>(g);
     const uint8_t *dw = (uint8_t *)up<__nv_fp8_e4m3>(w);
     gemm_fp8<E4M3><<<dim3(N / 8, M / 16), 32>>>(d, de, dw, N, K);
+    CUDA(cudaGetLastError());
     check(is_product(down(d, M * N), e, K, 1, w, K, 1, M, N, K, 1e-2), "mma e4m3 x e4m3");
     gemm_fp8<E5M2><<<dim3(N / 8, M / 16), 32>>>(d, dg, dw, N, K);
+    CUDA(cudaGetLastError());
     check(is_product(down(d, M * N), g, K, 1, w, K, 1, M, N, K, 1e-2), "mma e5m2 x e4m3");
 }
 
@@ -386,7 +392,10 @@ static void test_graphs() {
     Call c = {y, CUDA_R_32F, x, CUDA_R_32F, 0, x, CUDA_R_32F, 1, 32, 32, 32};
     c.stream = s;
     CUDA(cudaStreamBeginCapture(s, cudaStreamCaptureModeRelaxed));
-    for (float by = 1; by <= 2; by++) add<<<div_up(n, 256), 256, 0, s>>>(x, by, n);
+    for (float by = 1; by <= 2; by++) {
+        add<<<div_up(n, 256), 256, 0, s>>>(x, by, n);
+        CUDA(cudaGetLastError());
+    }
     const bool done = multiply_lt(c);                // 32 x 32: every element becomes 32 * 9 * 9
     CUDA(cudaMemset2DAsync(y, 128, 0x3f, 4, 32, s));   // the first column
     CUDA(cudaMemcpyAsync(pinned, y, n * sizeof(float), cudaMemcpyDeviceToHost, s));
@@ -416,6 +425,16 @@ static void test_graphs() {
     check(cudaGetLastError() == cudaErrorInvalidConfiguration, "2048 threads are refused");
     cast_transpose<<<1, 32, 100 << 10>>>(Dest{}, nullptr, 0);
     check(cudaGetLastError() == cudaErrorInvalidValue, "100 KiB of shared memory are refused");
+    for (int i = 0; i < 2; i++) add<<<1, 32>>>(x, 1, 32);
+    check(cudaGetLastError() == cudaErrorNotPermitted, "a launch that nobody asks about is seen at the next");
+#ifndef __SANITIZE_ADDRESS__
+    float *small = nullptr;
+    CUDA(cudaMalloc(&small, 4));
+    add<<<1, 32>>>(small, 1e38f, 2);                  // 1 would be lost in what is there
+    check(cudaGetLastError() == cudaSuccess && cudaFree(small) == cudaErrorInvalidValue,
+            "what was written behind an allocation is seen when it is freed");
+    cudaGetLastError();
+#endif
     CUDA(cudaFuncSetAttribute(cast_transpose, cudaFuncAttributeMaxDynamicSharedMemorySize, 100 << 10));
     size_t room_left, total;
     CUDA(cudaMemGetInfo(&room_left, &total));
@@ -463,6 +482,7 @@ static void test_warps() {
     CUDA(cudaMemset(sum, 0, sizeof(float)));
     CUDA(cudaMemset(counter, 0, sizeof(int)));
     warp_operations<<<2, 32>>>(out, sum, bug);
+    CUDA(cudaGetLastError());
     CUDA(cudaMemcpy(got, out, sizeof got, cudaMemcpyDeviceToHost));
     int wrong = 0;
     for (int t = 0; t < 64; t++) {
@@ -473,6 +493,7 @@ static void test_warps() {
     }
     check(wrong == 0 && down(sum, 1)[0] == 32, "shuffles, votes and atomics");
     barriers<<<10, 128>>>(counter, bug);
+    CUDA(cudaGetLastError());
     CUDA(cudaMemcpy(&count, counter, sizeof count, cudaMemcpyDeviceToHost));
     check(count == 10, "blocks counted");
 }

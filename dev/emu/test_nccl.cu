@@ -142,6 +142,7 @@ static void test_groups() {
         REQUIRE(cudaStreamSynchronize(0));
         REQUIRE(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
         add<<<(n * ranks + 31) / 32, 32, 0, stream>>>(x, 1.0f + rank, n * ranks);
+        cudaGetLastError();
         if (grouped) REQUIRE(ncclGroupStart());
         REQUIRE(ncclReduceScatter(x, sum, n, ncclFloat, ncclSum, comm, stream));
         REQUIRE(ncclAllGather(sum, x, n, ncclFloat, comm, stream));
