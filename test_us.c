@@ -3570,6 +3570,13 @@ static void test_gpu_limits(void) {
     setenv("EMU_MEM_MIB", "289", 1);
     check_fails(form("%s1", small), "not even --batch 1 --recompute fits");
     unsetenv("EMU_MEM_MIB");
+    // A card that fails in the middle: its parameters are not to be trusted, and are not saved.
+    setenv("EMU_FAILS_AT", "60", 1);
+    run_us("--input README.md --out %s/failed --steps 9 --layers 1 --width 64 --seq 32 --eval-every 0");
+    check(result.status == 1 && strstr(result.err, ": cudaErrorLaunchFailure\n") &&
+              strstr(result.out, "step 1/9"), "a launch fails: exit %d %s", result.status, result.err);
+    shell("test -e '%s/failed/log.csv' && test ! -e '%s/failed/checkpoint.safetensors'");
+    unsetenv("EMU_FAILS_AT");
     setenv("EMU_SM", "75", 1);
     check_fails("--input train_us.c", "8.0 is needed");
     setenv("EMU_SM", "80", 1);

@@ -13,7 +13,8 @@ JOBS (2) run at a time. Not counted: what does not compile, and what compiles to
 another machine does). Caught is a mutant whose tests fail, crash, or take ten times as long; those of up to a second
 run first, then those of up to fifteen. TESTS names the tests: all are the default for train_us.c, GPU_TESTS (below) for
 train_us.cu, where TESTS= means all. train_us.c is built twice, the second time with the model of Intel's matrix unit;
-train_us.cu runs on the emulator (make out/emu.o first), step_by_step with both orders of threads.
+train_us.cu runs on the emulator (make out/emu.o first), step_by_step with both orders of threads; then, where MPI is
+there, as three ranks.
 """
 import argparse, contextlib, os, random, re, shutil, signal, subprocess, sys, tempfile, time
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,8 @@ from concurrent.futures import ThreadPoolExecutor
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FILES = "train_us.c", "train_us.cu", "test_us.c", "README.md", "LICENSE", "dev/debug_state.safetensors"
 AMX_MODEL = "dev/cpu/amx_model.h"
+RANKS = """OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 EMU_NCCL_SECONDS=20 OMP_NUM_THREADS=1 \
+    mpirun --oversubscribe -np 3 """
 GPU_TESTS = "large step_by_step same_bits next kept_rows not_finite overlay head_in_pieces validation gpu_limits"
 TOKEN = re.compile(r"""(?P<skip>^[ \t]*\#(?:\\\n|[^\n])*|\n|[^\S\n]+|//[^\n]*|/\*.*?\*/)
     |(?P<text>"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')
@@ -160,21 +163,27 @@ class Trainer:
             os.makedirs(os.path.dirname(f"{self.copy}/{f}"), exist_ok=True)
             shutil.copy(f"{ROOT}/{f}", f"{self.copy}/{f}")
         shutil.copytree(f"{ROOT}/dev/emu", self.copy + "/dev/emu")
-        tests, emu, build = os.environ.get, self.copy + "/dev/emu", "gcc -std=gnu11 -O1 -w %s -c test_us.c"
-        if file.endswith(".cu"):
-            self.add(f"""sed -E -f {emu}/cuda.sed train_us.cu >cuda.cpp && g++ -std=gnu++17 -O1 -march=native \
-                -w -I{emu} -I. '-DUS_SOURCE="cuda.cpp"' -x c++ -c test_us.c""",
-                     f"g++ test_us.o {self.copy}/out/emu.o -fopenmp -o test_us", tests("TESTS", GPU_TESTS))
+        emu, gpu = self.copy + "/dev/emu", file.endswith(".cu")
+        tests = os.environ.get("TESTS", GPU_TESTS if gpu else "")
+        if gpu:
+            compiles = f"""sed -E -f {emu}/cuda.sed train_us.cu >cuda.cpp && g++ -std=gnu++17 -O1 -march=native \
+                -w -I{emu} -I. '-DUS_SOURCE="cuda.cpp"' %s -x c++ -c test_us.c"""
+            links = f"g++ test_us.o {self.copy}/out/emu.o -fopenmp "
+            self.add(compiles % "", links, tests)
+            if not shutil.which("mpirun"): return
+            flags = subprocess.run(["mpicc", "-show"], stdout=subprocess.PIPE, text=True, check=True).stdout.split()
+            heads, libraries = (" ".join(f for f in flags if f[:2] in some) for some in (("-I",), ("-L", "-l")))
+            self.add(compiles % ("-DUS_MPI " + heads), links + libraries, "ranks_agree ranks_follow", RANKS)
         else:
-            ran = self.add(build % "", "gcc test_us.o -lm -o test_us", tests("TESTS", ""))
+            compiles, links = "gcc -std=gnu11 -O1 -w %s -c test_us.c", "gcc test_us.o -lm"
+            ran = self.add(compiles % "", links, tests)
             some = " ".join(t for t in ("matmul", "gradients", "oracle") if t in ran)
-            amx = f"-include {self.copy}/{AMX_MODEL}"
-            if some: self.add(build % amx, "gcc test_us.o -lm -o test_us", some)
+            if some: self.add(compiles % f"-include {self.copy}/{AMX_MODEL}", links, some)
 
-    def add(self, compiles, links, tests):
-        where, test, stages = f"{self.directory}/unbroken{len(self.builds)}", "OMP_NUM_THREADS=1 ./test_us -x ", []
-        command = f"{compiles} && {links} && objcopy -x test_us.o"
-        built, times = self.build(where, command, self.source), {}
+    def add(self, compiles, links, tests, starts="OMP_NUM_THREADS=1 "):
+        where, test, stages = f"{self.directory}/unbroken{len(self.builds)}", starts + "./test_us -x ", []
+        command = f"{compiles} && {links} -o test_us && objcopy -x test_us.o"
+        built = self.build(where, command, self.source)
         def run(command):
             status, log = call(command, where, 3600)
             if status != 0: sys.exit("the unbroken trainer fails its tests:\n" + log[-2000:])

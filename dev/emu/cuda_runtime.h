@@ -45,8 +45,9 @@ constexpr int warpSize = 32;
 
 #define EMU_ERRORS(X) X(cudaSuccess, 0) X(cudaErrorInvalidValue, 1) X(cudaErrorMemoryAllocation, 2) \
     X(cudaErrorInvalidConfiguration, 9) X(cudaErrorInsufficientDriver, 35) X(cudaErrorInvalidDevice, 101) \
-    X(cudaErrorNotReady, 600) X(cudaErrorNotPermitted, 800) X(cudaErrorStreamCaptureUnsupported, 900) \
-    X(cudaErrorStreamCaptureInvalidated, 901) X(cudaErrorStreamCaptureImplicit, 906)
+    X(cudaErrorNotReady, 600) X(cudaErrorLaunchFailure, 719) X(cudaErrorNotPermitted, 800) \
+    X(cudaErrorStreamCaptureUnsupported, 900) X(cudaErrorStreamCaptureInvalidated, 901) \
+    X(cudaErrorStreamCaptureImplicit, 906)
 #define EMU_ENUM(NAME, CODE) NAME = CODE,
 #define EMU_NAME(NAME, CODE) e == NAME ? #NAME :
 enum cudaError_t { EMU_ERRORS(EMU_ENUM) };

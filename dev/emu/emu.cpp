@@ -346,6 +346,9 @@ cudaError_t launch_grid(const char *name, const void *kernel, dim3 g, dim3 b, si
         REFUSE(cudaErrorInvalidConfiguration, "%s: grid (%u,%u,%u), block (%u,%u,%u)", name, g.x, g.y, g.z,
                b.x, b.y, b.z);
     if (shared > limit) REFUSE(cudaErrorInvalidValue, "%s: %zu shared bytes, limit %zu", name, shared, limit);
+    static int launches;
+    if (++launches == setting("EMU_FAILS_AT", 0))
+        REFUSE(cudaErrorLaunchFailure, "%s, launch %d: EMU_FAILS_AT", name, launches);
     const std::string before = unasked;
     unasked = name;
     if (!before.empty())
