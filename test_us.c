@@ -3343,6 +3343,30 @@ static void check_copies(Model* m, const char* what) {
         free(ours), free(first);
     }
 }
+// What the header says that a step moves: of each tensor what is sent, but for what fills up a rank's share.
+static void check_moved(const Model* m) {
+    char path[1100], text[2000];
+    double moved[] = {0, 0, 0}, grads = 0;  // in FP32, BF16, FP8
+    for (const Tensor* t = m->tensors; t < m->tensors + m->num_tensors; t++) {
+        const double n = (double)t->rows * (double)t->cols * 1e-6;
+        const int vector = t->use >= GAIN;
+        grads += 4 * n, moved[0] += 4 * n, moved[1] += (vector ? 4 : 2) * n;
+        moved[2] += (vector ? 4 : is_hidden(t) ? 1 : 2) * n;
+    }
+    text_file(path, sizeof path, "describe.txt");
+    const int out = divert(path), p = m->c.precision, other = p == IN_FP8 ? IN_BF16 : IN_FP8;
+    gpu_describe(m);
+    undivert(out);
+    read_text(path, text, sizeof text);
+    const char *begin = form("%d ranks, a GPU each; a step moves ", ranks), *at = strstr(text, begin);
+    int wrong = off(next_number(&at, begin), grads, 0.13);
+    wrong += off(next_number(&at, " MB of gradients, and "), moved[p], 0.13);
+    const char* in = form(" MB of weights in %s (in %s it would be ", PRECISIONS[p].name,
+                          PRECISIONS[other].name);
+    wrong += off(next_number(&at, in), moved[other], 0.13);
+    check(!wrong && at && strncmp(at, ")\nto stop and save: ", 20) == 0, "%s %.2f %.2f %.2f", text, grads,
+          moved[p], moved[other]);
+}
 static void check_ranks(int scheme, int precision, int optimizer, int layers, int width, int accum,
                         const char* file) {
     const double bounds[] = {1e-4, 3e-3, 3e-3};
@@ -3362,6 +3386,7 @@ static void check_ranks(int scheme, int precision, int optimizer, int layers, in
     Model m = text_model_on(&GPU, c, &tokens, "train_us.c");
     const Split data = {&tokens, 0, tokens.count};
     check_copies(&m, form("%s before the first step", what));
+    if (rank == 0) check_moved(&m);
     follow(&many, &m, &GPU, &data, SAVED_AT);
     check(checkpoint_save(&m, &GPU, file) == 0, "%s cannot write %s", what, file);
     follow(&many, &m, &GPU, &data, RANK_STEPS);
@@ -3570,6 +3595,24 @@ static void test_gpu_limits(void) {
     setenv("EMU_MEM_MIB", "289", 1);
     check_fails(form("%s1", small), "not even --batch 1 --recompute fits");
     unsetenv("EMU_MEM_MIB");
+    // What cuBLASLt refuses is said with its sizes and formats.
+    char path[1100], text[600];
+    text_file(path, sizeof path, "refused.txt");
+    fflush(stdout);
+    const pid_t child = fork();
+    if (child == 0) {
+        const Shape odd = {64, 48, 32, 32, 32, 48, 1, 1, CUDA_R_8F_E5M2, CUDA_R_8F_E5M2, CUDA_R_32F, 16,
+                           0, 0};
+        if (!freopen(path, "w", stderr)) _exit(9);
+        LT(cublasLtCreate(&lt.handle));
+        product_of(&odd);
+        _exit(8);
+    }
+    int status = 0;
+    waitpid(child, &status, 0);
+    read_text(path, text, sizeof text);
+    const char* words = "cannot multiply (64,32) E5M2 by (32,48) E5M2 into FP32 (status";
+    check(WEXITSTATUS(status) == 1 && strstr(text, words), "exit %d: %s", WEXITSTATUS(status), text);
     // A card that fails in the middle: its parameters are not to be trusted, and are not saved.
     setenv("EMU_FAILS_AT", "60", 1);
     run_us("--input README.md --out %s/failed --steps 9 --layers 1 --width 64 --seq 32 --eval-every 1");
