@@ -3489,8 +3489,15 @@ static void check_agreement(void) {
         const long at = i ? last->offset + last->rows * last->cols - 1 : first->offset;
         CUDA(cudaMemcpy(gpu.grads + at, &nan, sizeof nan, cudaMemcpyHostToDevice));
     }
+    static const char* const kinds[] = {"reduce-scatter", "result", "all-gather"};
+    int k = 0;
+    profile = (Profile*)calloc(1, sizeof *profile);
     finish_gpu<bf16>(&m);
     CUDA(cudaStreamSynchronize(stream));
+    for (int i = 0; i < profile->n && k < 3; i++) k += strcmp(profile->name[i], kinds[k]) == 0;
+    check(k == 3, "the profile tells the time of %d of what ranks exchange", k);
+    for (int i = 0; i < profile->n; i++) CUDA(cudaEventDestroy(profile->event[i]));
+    free(profile), profile = NULL;
     check(gpu.host_result->stop && gpu.host_result->bad == 0, "two shares are bad: tensor %d is named",
           gpu.host_result->bad);
     GPU.fetch(&m);
