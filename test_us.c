@@ -1936,14 +1936,14 @@ static void test_nothing_lost(void) {
     check(run_us("--input README.md --steps 1 " TINY " >/dev/full")->status == 1 &&
               strstr(result.err, "not all of the output could be written"), "/dev/full: %s", result.err);
 
-    // The disk is full for the logs, but not for the smaller checkpoint: a run does not end for that.
-    run_with("--input README.md --steps 300 --stats-every 1 --out %s/rows --layers 1 --width 8 --heads 1 "
-             "--seq 8 --batch 2 --tokens 1 >/dev/null", 0, 100000, 0);
-    const char* rows = form("train_us: rows of the logs in %s/rows could not be written\n", work);
-    check(result.status == 0 && strcmp(result.err, rows) == 0, "exit %d %s", result.status, result.err);
-    check(run_us("--out %s/rows --resume --steps 301")->status == 0 && strstr(result.out, ", step 300\n"),
-          "and it goes on: %s", result.err);
-
+    if (device == &CPU) {  // the disk is full for the logs, not for the smaller checkpoint: the run goes on
+        run_with("--input README.md --steps 300 --stats-every 1 --out %s/rows --layers 1 --width 8 --heads 1 "
+                 "--seq 8 --batch 2 --tokens 1 >/dev/null", 0, 100000, 0);
+        const char* rows = form("train_us: rows of the logs in %s/rows could not be written\n", work);
+        check(result.status == 0 && strcmp(result.err, rows) == 0, "exit %d %s", result.status, result.err);
+        check(run_us("--out %s/rows --resume --steps 301")->status == 0 &&
+                  strstr(result.out, ", step 300\n"), "and it can be resumed: %s", result.err);
+    }
     // A checkpoint now and then: the newest stays, and copies of those that --save-every names.
     setenv("TEST_SAVE_SECONDS", "0", 1);
     check(run_us("--input README.md --steps 7 --save-every 3 --out %s/timed " TINY)->status == 0, "%s",
