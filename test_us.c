@@ -3519,6 +3519,11 @@ static const char* shared_file(void) {
 static void test_ranks_agree(void) {
     check_batches();
     check_agreement();
+    Tokens tokens;
+    const Config c = gpu_config(US, IN_BF16, ADAMW, 2, 96, 3, 25, 1, 300, GELU);
+    Model m = text_model_on(&GPU, c, &tokens, "README.md");
+    if (rank == 0) check_moved(&m);
+    GPU.close(&m), model_free(&m), forget(&tokens);
 }
 // A share may begin in a table's row (3 ranks), in a matrix (4), in its row (5), or between two.
 static void test_ranks_follow(void) { check_ranks(US, IN_FP8, ADAMW, 2, 96, 2, shared_file()); }
