@@ -2217,6 +2217,7 @@ static void test_checkpoints(void) {
         "2>/dev/null");
     check_fails("--out %s/forged --resume --steps 5 --precision fp32",
                 "is not finite; the parameters are as they were before it");
+    check(!strstr(result.out, "saved "), "nothing new is saved, or said to be: %s", result.out);
     forge("forged/other", "\"vocab\":\"256\"", "\"vocab\":\"250\"", 0);
     check_fails("--load %s/forged/other --generate", "was not trained on the kind of tokens known here");
     // Random damage to the header: an error or a run, but never a crash.
@@ -2840,6 +2841,7 @@ static void test_hellaswag(void) {
     // In training, in its log, and afterwards: the same share.
     const char* model = "--layers 1 --width 32 --heads 1 --seq 24 --batch 4 --eval-every 1 --tokens 1";
     run_us(form("--input %%s/words.bin --hellaswag %%s/questions.bin --steps 2 --out %%s/asked %s", model));
+    check(strstr(result.out, " tokens to train on, ") != NULL, "the header's unit: %s", result.out);
     check(result.status == 0, "%s", result.err);
     const char* step = strstr(result.out, "step 2/2 | loss ");
     const char* share = step ? strstr(step, " | hellaswag ") : NULL;
