@@ -5,7 +5,6 @@
 // together find what others may not.
 #include "cuda_runtime.h"
 #include <map>
-#include <string>
 #include <sys/mman.h>
 // AddressSanitizer, where it is linked, must be told of every change of stack.
 extern "C" void __sanitizer_start_switch_fiber(void **, const void *, size_t) __attribute__((weak));
@@ -303,7 +302,7 @@ static std::map<const char *, Allocation> allocations;
 static std::map<const void *, size_t> shared_limits;
 static size_t in_use;
 static cudaError_t last_error;
-static std::string unasked;  // the kernel launched last, until somebody asks whether it could be
+static const char *unasked;  // the kernel launched last, until somebody asks whether it could be
 #ifdef __SANITIZE_ADDRESS__
 static const size_t BAND = 0;  // the sanitizer sees what is written behind an allocation
 #else
@@ -349,10 +348,9 @@ cudaError_t launch_grid(const char *name, const void *kernel, dim3 g, dim3 b, si
     static int launches;
     if (++launches == setting("EMU_FAILS_AT", 0))
         REFUSE(cudaErrorLaunchFailure, "%s, launch %d: EMU_FAILS_AT", name, launches);
-    const std::string before = unasked;
+    const char *const before = unasked;
     unasked = name;
-    if (!before.empty())
-        REFUSE(cudaErrorNotPermitted, "no cudaGetLastError() followed the launch of %s", before.c_str());
+    if (before) REFUSE(cudaErrorNotPermitted, "no cudaGetLastError() followed the launch of %s", before);
     return submit(s, [=] { run_grid(name, g, b, shared, thread); });
 }
 cudaError_t set_shared_limit(const void *kernel, int bytes) {
@@ -451,7 +449,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int device) {
 cudaError_t cudaPeekAtLastError() { return last_error; }
 cudaError_t cudaGetLastError() {
     const cudaError_t e = last_error;
-    last_error = cudaSuccess, unasked.clear();
+    last_error = cudaSuccess, unasked = nullptr;
     return e;
 }
 template <class T, class F>
