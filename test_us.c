@@ -1160,14 +1160,23 @@ static void read_text(const char* path, char* to, size_t size) {
     to[n] = 0;
     if (f) fclose(f);
 }
-// What is printed goes into a file, until undivert is given what this returns.
-static int divert(const char* path) {
+// What is printed goes into a file, until undivert is given what this returns; it returns what was printed.
+static int divert(void) {
+    char path[1100];
+    text_file(path, sizeof path, "printed.txt");
     fflush(stdout);
     const int out = dup(STDOUT_FILENO), file = open(path, O_WRONLY | O_CREAT | O_TRUNC, 0666);
     dup2(file, STDOUT_FILENO), close(file);
     return out;
 }
-static void undivert(int out) { fflush(stdout), dup2(out, STDOUT_FILENO), close(out); }
+static const char* undivert(int out) {
+    static char text[8192];
+    char path[1100];
+    fflush(stdout), dup2(out, STDOUT_FILENO), close(out);
+    text_file(path, sizeof path, "printed.txt");
+    read_text(path, text, sizeof text);
+    return text;
+}
 
 // What is printed is UTF-8 without control characters: every character of Unicode passes, nothing else does.
 static void test_printing(void) {
@@ -1204,15 +1213,12 @@ static void test_printing(void) {
     static Text text;
     static Config c;
     static const char bytes[] = "a\xC3\xA9\xF0\x9F\x99\x82\x9B\xE2\x82";
-    char path[1100], got[64];
     c.input = c.tokenizer = "", c.vocab = BYTES_VOCAB;
     table_open(&text, &c);
-    text_file(path, sizeof path, "printed.txt");
-    const int out = divert(path);
+    const int out = divert();
     for (size_t i = 0; i < sizeof bytes - 1; i++) text_print(&text, (uint8_t)bytes[i]);
     text_print(&text, -1);
-    undivert(out);
-    read_text(path, got, sizeof got);
+    const char* got = undivert(out);
     check(strcmp(got, "a\xC3\xA9\xF0\x9F\x99\x82???") == 0, "byte by byte: %s", got);
 }
 // A file is synced when all of it is written and before it takes its name; its directory after that, for the
@@ -1766,17 +1772,22 @@ static void test_log(void) {
               meta_number(&a, "ranks") == 1 && meta_number(&a, "grad_scale") == m.grad_scale,
           "7 steps of 6 sequences");
     close_archive(&a);
-    // With the model on a device, the host has room for the largest tensor.
-    text_file(path, sizeof path, "memory.txt");
-    const int out = divert(path);
-    m.c.width = 1024, m.num_params = 1L << 50;  // those are not here
+    model_free(&m), forget(&tokens);
+}
+// The host's memory: what a model takes there, and what the machine has left; and how a long wait is told.
+static void test_host(void) {
+    char path[1100];
+    Model m;
+    Config c = small_config();
+    model_layout(&m, &c);
+    m.training = 1, m.c.width = 1024, m.num_params = 1L << 50;  // those are on a device
+    int out = divert();
     check_memory(&m, 0);
-    undivert(out);
-    read_text(path, rows, sizeof rows);
-    check(strcmp(rows, "memory: 17 MB on the host\n") == 0, "4 bytes x 1024 x 4096: %s", rows);
-    // What the machine has left is read from files like these.
+    const char* printed = undivert(out);
+    check(strcmp(printed, "memory: 17 MB on the host\n") == 0, "4 bytes x 1024 x 4096: %s", printed);
+    // What is left is read from files like these.
     static const char meminfo[] = "MemTotal: 9 kB\nMemAvailable:    123456 kB\nMemAvailable: 7 kB\n";
-    write_file(path, meminfo, sizeof meminfo - 1);
+    text_file(path, sizeof path, "memory.txt"), write_file(path, meminfo, sizeof meminfo - 1);
     check(file_number(path, "MemAvailable:") == 123456 && file_number(path, "MemTotal:") == 9 &&
               isinf(file_number(path, "Swap:")), "numbers in /proc");
     write_file(path, "max\n", 4);
@@ -1784,12 +1795,11 @@ static void test_log(void) {
     write_file(path, "4096\n", 5);
     check(file_number(path, "") == 4096, "a limit");
     // Progress is said at most every half minute, with what is left of it.
-    const int again = divert(path);
+    out = divert();
     progress("questions", 1, 4, seconds() - 100), progress("questions", 2, 4, seconds() - 100);
-    undivert(again);
-    read_text(path, rows, sizeof rows);
-    check(strcmp(rows, "questions: 25 %, 300 s left\n") == 0, "progress: %s", rows);
-    model_free(&m), forget(&tokens);
+    printed = undivert(out);
+    check(strcmp(printed, "questions: 25 %, 300 s left\n") == 0, "progress: %s", printed);
+    free(m.tensors);
 }
 
 static void test_bad_files(void) {
@@ -2568,29 +2578,25 @@ static void test_ending(void) {
     static Device fake;
     static Text text;
     Config c = small_config();
-    char path[1100];
     fake.next = ending_next;
     c.seq = 6, c.batch = 1, c.vocab = GPT2_VOCAB, c.prompt = "50256 7", c.temperature = 1;
     c.input = c.tokenizer = "";
     Model m;
     model_layout(&m, &c);
     m.inputs = (int*)floats(6);
-    text_file(path, sizeof path, "ended.txt");
-    const int out = divert(path);
+    const int out = divert();
     table_open(&text, &c);
     generate(&m, &fake, &text, 40);
-    undivert(out);
-    read_text(path, result.out, sizeof result.out);
-    const char* printed = strchr(result.out, '\n');
+    const char *all = undivert(out), *printed = strchr(all, '\n');
     check(ending_calls == 3 && printed && strcmp(printed, "\n 50256 7 5 5\n") == 0, "%d tokens: %s",
-          ending_calls, result.out);
+          ending_calls, all);
     model_free(&m);
 }
 static void generate_with(Model* m, const float* (*next)(Model* m, long t0, long T), int count) {
     static Device fake;
     static Text text;
     fake.next = next, text.vocab = BYTES_VOCAB;
-    const int out = divert("/dev/null");
+    const int out = divert();
     generate(m, &fake, &text, count);
     undivert(out);
 }
@@ -3347,7 +3353,6 @@ static void check_copies(Model* m, const char* what) {
 }
 // What the header says that a step moves: of each tensor what is sent, but for what fills up a rank's share.
 static void check_moved(const Model* m) {
-    char path[1100], text[2000];
     double moved[] = {0, 0, 0}, grads = 0;  // in FP32, BF16, FP8
     for (const Tensor* t = m->tensors; t < m->tensors + m->num_tensors; t++) {
         const double n = (double)t->rows * (double)t->cols * 1e-6;
@@ -3355,11 +3360,9 @@ static void check_moved(const Model* m) {
         grads += 4 * n, moved[0] += 4 * n, moved[1] += (vector ? 4 : 2) * n;
         moved[2] += (vector ? 4 : is_hidden(t) ? 1 : 2) * n;
     }
-    text_file(path, sizeof path, "describe.txt");
-    const int out = divert(path), p = m->c.precision, other = p == IN_FP8 ? IN_BF16 : IN_FP8;
+    const int out = divert(), p = m->c.precision, other = p == IN_FP8 ? IN_BF16 : IN_FP8;
     gpu_describe(m);
-    undivert(out);
-    read_text(path, text, sizeof text);
+    const char* text = undivert(out);
     const char *begin = form("%d ranks, a GPU each; a step moves ", ranks), *at = strstr(text, begin);
     int wrong = off(next_number(&at, begin), grads, 0.18);
     wrong += off(next_number(&at, " MB of gradients, and "), moved[p], 0.18);
@@ -3544,8 +3547,6 @@ static void test_gpu_memory(void) {
     static const struct { int scheme, precision, recompute; double megabytes; } plans[] = {
         {US, IN_FP8, 0, 8321}, {US, IN_FP8, 1, 4849}, {US, IN_BF16, 0, 8872}, {SP, IN_FP8, 0, 8321},
         {SP, IN_BF16, 0, 8923}, {UMUP, IN_FP8, 1, 4849}, {US, IN_FP32, 0, 14428}};
-    char path[1100], text[1000];
-    text_file(path, sizeof path, "memory.txt");
     for (int i = 0; i < (int)(sizeof plans / sizeof *plans); i++) {
         size_t before, after, closed, all;
         CUDA(cudaMemGetInfo(&before, &all));
@@ -3558,10 +3559,9 @@ static void test_gpu_memory(void) {
         if (emulated())  // which does not round up to 512 bytes
             check(taken <= wanted && wanted < taken + 512 * num_allocations && num_allocations > 9,
                   "plan %d: %.0f bytes, %.0f are taken", i, wanted, taken);
-        const int out = divert(path);
+        const int out = divert();
         gpu_describe(&m);
-        undivert(out);
-        read_text(path, text, sizeof text);
+        const char* text = undivert(out);
         static const char* const parts[] = {" MB weights, ", " MB optimizer, ", " MB gradients, ",
                                             " MB activations, ", " MB work space, "};
         const char* p = text;
@@ -3659,9 +3659,8 @@ static const struct { const char* name; void (*test)(void); int group; } TESTS[]
     CPU_TEST(model_gradient), CPU_TEST(accumulation), TEST(not_finite), CPU_TEST(statistics),
     CPU_TEST(generate), CPU_TEST(window), CPU_TEST(ending), RUN_TEST(served), RUN_TEST(hellaswag),
     RUN_TEST(held_out), CPU_TEST(dump), TEST(unit_scale), CPU_TEST(attention_variance), RUN_TEST(training),
-    CPU_TEST(options), CPU_TEST(effects), CPU_TEST(log), RUN_TEST(command_line), RUN_TEST(bad_files),
-    RUN_TEST(checkpoints), RUN_TEST(nothing_lost),
-    TEST(validation),
+    CPU_TEST(options), CPU_TEST(effects), CPU_TEST(log), CPU_TEST(host), RUN_TEST(command_line),
+    RUN_TEST(bad_files), RUN_TEST(checkpoints), RUN_TEST(nothing_lost), TEST(validation),
 #ifdef US_CUDA
     TEST(step_by_step), TEST(overlay), TEST(same_bits), TEST(next), TEST(kept_rows), TEST(head_in_pieces),
     RUN_TEST(changing_devices), TEST(gpu_memory), RUN_TEST(gpu_limits),
